@@ -1,0 +1,9 @@
+"""ORPO and linear cross-entropy log-probabilities without ever holding full logits.
+
+Importing this package loads torch and nothing else; backends and integrations load when they are used.
+"""
+
+from orpo_kernels.loss import OrpoLoss, OrpoOutput, explain, linear_logprobs, orpo_loss
+
+__all__ = ["OrpoLoss", "OrpoOutput", "__version__", "explain", "linear_logprobs", "orpo_loss"]
+__version__ = "0.1.0"

@@ -1,0 +1,304 @@
+"""The torch backend: any device torch runs on, tuned for CPUs.
+
+Layout: E is stored transposed, ``[V, n]``, so that a slice of the vocabulary is one contiguous block. Per slice of
+``s`` rows of the head, while the ``[s, n]`` tile is in cache:
+
+    tile   = exp(scale * (W_s @ hidden^T + b_s) - shift)    the label's entry set to 0
+    S     += sum of the tile over its rows                  [n]
+    unit  += W_s^T @ tile                                   [H, n], if hidden needs a gradient
+
+and, once S and the upstream gradient are known, from kept or recomputed tiles whose label entries are -S:
+
+    grad_weight_s = tile @ (k * hidden)                     k = -g * r * scale
+
+The shift enters the first product as its bias, so it is subtracted in the product's float32 accumulator, before the
+rounding to bfloat16: entries near the label's logit, which make up S, keep their precision where rounded logits would
+have lost it. Any shift gives the same result, so it may itself be rounded to the dtype of the product; the label's
+distance to it is kept in the accumulation dtype.
+
+Dtypes: bfloat16 stores E in bfloat16 and sums in float32. float32 and float64 stay what they are (float32 products
+follow torch's matmul precision setting). float16 cannot hold E under the label's shift, so it is computed in float32,
+tile by tile.
+
+Owner of each accumulation: S and unit belong to one chunk and are summed in slice order; grad_weight is summed within
+one product if there is one chunk, else in float32 by chunk order. No atomics, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_kernels.backends import Forward
+from orpo_kernels.scores import Head
+
+# A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
+# Measured at n = 2697: slices of 2,048 and 4,096 rows (11 and 22 MB) are equal, 8,192 rows cost 1.7x.
+TILE_BYTES = 24 << 20
+TILE_ROWS = (256, 4096)
+# Rows whose S passes this take their largest logit as shift instead of the label's. exp(60) times any vocabulary and
+# any weight still fits a float32, which exp(80) would not.
+RESCUE_ABOVE = math.exp(60.0)
+RESCUE_ROWS = 256
+# The sum over a tile's rows is taken in this many partial sums: torch adds a bfloat16 reduction in float32 but rounds
+# its result, so short sums rounded separately and added in float32 are both fast and accurate.
+PARTIAL_SUMS = 64
+
+
+class TorchBackend:
+    """See the module's docstring."""
+
+    name = "torch"
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def kept_itemsize(self, dtype: torch.dtype) -> int:
+        return _compute_dtype(dtype).itemsize
+
+    def column_mean(self, weight: Tensor) -> Tensor:
+        acc = _acc_dtype(weight.dtype)
+        rows = _tile_rows(weight.shape[1], weight.element_size())
+        total = torch.zeros(weight.shape[1], dtype=acc, device=weight.device)
+        for start in range(0, weight.shape[0], rows):
+            total += _sum_rows(weight[start : start + rows], acc)
+        return total / weight.shape[0]
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool
+    ) -> Forward:
+        compute, acc = _compute_dtype(hidden.dtype), _acc_dtype(hidden.dtype)
+        hidden = hidden.to(compute)
+        n, vocab = hidden.shape[0], head.vocab
+        label_raw = _label_logits(hidden, targets, head, acc)
+        label = head.cap(label_raw * head.logit_scale)
+        shift = _representable(label, head, compute)
+        exps = torch.empty((vocab + 1, n), dtype=compute, device=hidden.device) if keep else None
+
+        total, unit_t, sums = _stream(hidden, targets, head, shift, exps, unit=unit, logit_sum=logit_sum)
+
+        # One host sync on a GPU, free on a CPU; almost always there is no such row.
+        rescued = torch.nonzero(~(total < RESCUE_ABOVE)).view(-1)
+        for rows in rescued.split(RESCUE_ROWS) if rescued.numel() else ():
+            some, wanted = hidden[rows], targets[rows]
+            shift[rows] = _representable(_row_max(some, head), head, compute)
+            columns = exps.new_empty((vocab + 1, rows.numel())) if exps is not None else None
+            redone = _stream(some, wanted, head, shift[rows], columns, unit=unit, logit_sum=False)
+            total[rows] = redone[0]
+            if unit_t is not None and redone[1] is not None:
+                unit_t[:, rows] = redone[1]
+            if exps is not None and columns is not None:
+                exps[:, rows] = columns
+
+        distance = label - shift
+        # Above -30 the label's own form keeps relative precision as p -> 1; far below, exp(-distance) would overflow
+        # where the plain log-sum-exp has nothing to lose.
+        logps = torch.where(
+            distance > -30,
+            -torch.log1p(total * torch.exp(-distance.clamp(min=-30))),
+            distance - torch.log(torch.exp(distance) + total.clamp(min=torch.finfo(acc).tiny)),
+        )
+        inverse = 1 / (torch.exp(distance) + total)
+        entry = -total * _slope(label, head)
+        if exps is not None:
+            exps.index_put_((targets, torch.arange(n, device=targets.device)), entry.to(compute))
+        result_unit = None
+        if unit_t is not None:
+            result_unit = torch.empty_like(hidden, dtype=acc)
+            for part in _row_parts(hidden):
+                label_term = entry[part, None] * head.weight[targets[part]].to(acc)
+                result_unit[part] = (unit_t[:, part].T + label_term) * (-head.logit_scale * inverse[part, None])
+        return Forward(logps, shift, inverse, entry, result_unit, exps, sums)
+
+    def grad_head(
+        self,
+        result: Forward,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        grad_logps: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        *,
+        accumulate: bool,
+    ) -> None:
+        compute = _compute_dtype(hidden.dtype)
+        hidden = hidden.to(compute)
+        coefficient = -grad_logps * result.inverse * head.logit_scale
+        scaled = torch.empty_like(hidden)
+        for part in _row_parts(hidden):
+            scaled[part] = coefficient[part, None] * hidden[part]
+        column = coefficient.to(compute)[:, None]
+        if result.exps is not None:
+            tiles = _kept_tiles(result.exps)
+        else:
+            tiles = _tiles(hidden, targets, head, result.shift, None, result.entry.to(compute))
+        for rows, tile in tiles:
+            if grad_weight is not None:
+                _product(grad_weight[rows], tile, scaled, accumulate=accumulate)
+            if grad_bias is not None:
+                _product(grad_bias[rows, None], tile, column, accumulate=accumulate)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tile_rows(columns: int, itemsize: int) -> int:
+    """Rows of the head in one slice, a multiple of the partial sums."""
+    rows = TILE_BYTES // max(columns * itemsize, 1) // PARTIAL_SUMS * PARTIAL_SUMS
+    return min(max(rows, TILE_ROWS[0]), TILE_ROWS[1])
+
+
+def _row_parts(hidden: Tensor) -> Iterator[slice]:
+    """Slices of the scores, so that a float32 copy of a part is small beside a tile."""
+    for start in range(0, hidden.shape[0], 1024):
+        yield slice(start, start + 1024)
+
+
+def _label_logits(hidden: Tensor, targets: Tensor, head: Head, acc: torch.dtype) -> Tensor:
+    """``h . W_y + b_y`` per score, in the accumulation dtype."""
+    raw = torch.empty(targets.shape, dtype=acc, device=hidden.device)
+    for part in _row_parts(hidden):
+        raw[part] = (hidden[part].to(acc) * head.weight[targets[part]].to(acc)).sum(-1)
+    return raw if head.bias is None else raw + head.bias[targets].to(acc)
+
+
+def _representable(logit: Tensor, head: Head, compute: torch.dtype) -> Tensor:
+    """The shift nearest to ``logit`` that the first product can subtract exactly: its bias has the product's dtype."""
+    if head.softcap is not None:  # the shift follows the cap, in the accumulation dtype
+        return logit
+    return (logit / head.logit_scale).to(compute).to(logit.dtype) * head.logit_scale
+
+
+def _slope(logit: Tensor, head: Head) -> Tensor | float:
+    """d cap(z) / dz at a capped logit: ``1 - (logit / softcap)^2``."""
+    return 1.0 if head.softcap is None else 1 - (logit / head.softcap) ** 2
+
+
+def _logits(hidden: Tensor, head: Head, rows: slice, bias: Tensor | None) -> Tensor:
+    """Uncapped ``scale * (W_s @ hidden^T + bias + b_s)``, ``[s, n]``; ``bias [n]`` joins in the product's accumulator."""
+    tile = F.linear(head.weight[rows].to(hidden.dtype), hidden, bias)
+    if head.bias is not None:
+        tile += head.bias[rows, None]
+    return tile if head.logit_scale == 1 else tile.mul_(head.logit_scale)
+
+
+def _tiles(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    shift: Tensor,
+    exps: Tensor | None,
+    entry: Tensor | None,
+    logit_sum: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """E slice by slice, ``[s, n]`` in the product's dtype, written into ``exps [V + 1, n]`` if given.
+
+    Label entries are ``entry``, or 0 without it. Under a softcap E carries the cap's slope and the sum of plain
+    exponentials is added to ``total`` here, where both are at hand.
+    """
+    n, vocab, compute = hidden.shape[0], head.vocab, hidden.dtype
+    step = _tile_rows(n, shift.element_size() if head.softcap is not None else hidden.element_size())
+    scratch = hidden.new_empty((min(step, vocab) + 1, n)) if exps is None else None
+    entries = hidden.new_zeros(()) if entry is None else entry
+    columns = torch.arange(n, device=hidden.device)
+    zero = shift.new_zeros(())
+    centre = None if head.softcap is not None else -(shift / head.logit_scale).to(compute)
+    for start in range(0, vocab, step):
+        rows = slice(start, min(start + step, vocab))
+        size = rows.stop - start
+        # One row more than the slice: labels of other slices are written there, which costs no mask and no sync. In a
+        # kept E that row is the next slice's first, not computed yet, or the spare row at the end.
+        room = scratch[: size + 1] if scratch is not None else exps[start : rows.stop + 1]  # type: ignore[index]
+        tile = room[:size]
+        places = targets - start
+        places = torch.where((places >= 0) & (places < size), places, size)
+        if head.softcap is None:
+            torch.exp(_logits(hidden, head, rows, centre), out=tile)
+            room.index_put_((places, columns), entries)
+            if total is not None:
+                total += _sum_rows(tile, total.dtype)
+        else:
+            bent = _logits(hidden, head, rows, None).to(shift.dtype).div_(head.softcap).tanh_()
+            if logit_sum is not None:
+                logit_sum.add_(bent.sum(0), alpha=head.softcap)
+            plain = torch.exp(bent * head.softcap - shift)
+            if total is not None:
+                # Summed with the label's own exp(0 or less) and without it afterwards would cancel as p -> 1.
+                total += F.pad(plain, (0, 0, 0, 1)).index_put_((places, columns), zero)[:size].sum(0)
+            tile.copy_(plain.mul_(bent.square_().neg_().add_(1)))
+            room.index_put_((places, columns), entries)
+        yield rows, tile
+
+
+def _kept_tiles(exps: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    vocab = exps.shape[0] - 1
+    step = _tile_rows(exps.shape[1], exps.element_size())
+    for start in range(0, vocab, step):
+        rows = slice(start, min(start + step, vocab))
+        yield rows, exps[rows]
+
+
+def _stream(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    shift: Tensor,
+    exps: Tensor | None,
+    *,
+    unit: bool,
+    logit_sum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One pass over the vocabulary: S ``[n]``, ``sum of E_v W_v`` over v != y ``[H, n]``, sums of capped logits ``[n]``."""
+    n, acc = hidden.shape[0], shift.dtype
+    total = torch.zeros(n, dtype=acc, device=hidden.device)
+    sums = torch.zeros_like(total) if logit_sum and head.softcap is not None else None
+    unit_t = torch.zeros((hidden.shape[1], n), dtype=acc, device=hidden.device) if unit else None
+    for rows, tile in _tiles(hidden, targets, head, shift, exps, None, sums, total):
+        if unit_t is not None:
+            # The contiguous copy of the transposed slice is small and saves a third of the product's time.
+            _product(unit_t, head.weight[rows].T.to(tile.dtype).contiguous(), tile, accumulate=True)
+    return total, unit_t, sums
+
+
+def _row_max(hidden: Tensor, head: Head) -> Tensor:
+    """The largest capped logit of each row, ``[n]`` in the accumulation dtype."""
+    step = _tile_rows(hidden.shape[0], hidden.element_size())
+    largest = [
+        _logits(hidden, head, slice(start, start + step), None).amax(0) for start in range(0, head.vocab, step)
+    ]
+    return head.cap(torch.stack(largest).amax(0).to(_acc_dtype(hidden.dtype)))
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """``out = a @ b`` or ``out += a @ b``; each product sums in its accumulator, ``out`` may be wider than a and b."""
+    if out.dtype != a.dtype:
+        product = a @ b
+        if accumulate:
+            out += product
+        else:
+            out.copy_(product)
+    elif accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _sum_rows(tile: Tensor, acc: torch.dtype) -> Tensor:
+    """Sum over dimension 0 in the accumulation dtype."""
+    if tile.dtype == acc:
+        return tile.sum(0)
+    each = tile.shape[0] // PARTIAL_SUMS
+    whole = each * PARTIAL_SUMS
+    total = tile[:whole].view(PARTIAL_SUMS, each, *tile.shape[1:]).sum(1).to(acc).sum(0)
+    return total + tile[whole:].to(acc).sum(0) if whole < tile.shape[0] else total
