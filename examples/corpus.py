@@ -20,8 +20,8 @@ Pair = dict[str, str]  # prompt, chosen, rejected
 FIELDS = ("prompt", "chosen", "rejected")
 
 VOCABULARY = 32_768
-PROMPT_WORDS = 24
-ANSWER_WORDS = 96
+PROMPT_WORDS = 16
+ANSWER_WORDS = 48
 
 
 def preference_pairs(seed: int = 0) -> list[Pair]:
@@ -29,7 +29,8 @@ def preference_pairs(seed: int = 0) -> list[Pair]:
 
     Half of the topics give prompts and chosen answers, the other half gives only rejected ones. Were every text chosen
     in one pair and rejected in the next, the two terms of the loss would pull at the same tokens, and only a model
-    large enough to read the prompt could tell the sides apart.
+    large enough to read the prompt could tell the sides apart. Topics quote each other at length ("compound" holds all
+    of "while"), so a rejected text leaves out the paragraphs that the chosen half has too.
 
     Args:
         seed: Decides the halves, the partners and the order of the pairs.
@@ -40,16 +41,20 @@ def preference_pairs(seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
     names = sorted(topics)
     rng.shuffle(names)
-    right = [passage for name in names[0::2] for passage in _passages(topics[name])]
-    wrong = [passage for name in names[1::2] for passage in _passages(topics[name])]
-    rng.shuffle(right)
+    right = [topics[name] for name in names[0::2]]
+    shared = {paragraph for text in right for paragraph in text.split("\n\n")}
+    wrong = ["\n\n".join(p for p in topics[name].split("\n\n") if p not in shared) for name in names[1::2]]
+
+    passages = [passage for text in right for passage in _passages(text)]
+    strangers = [passage for text in wrong for passage in _passages(text)]
+    rng.shuffle(passages)
     return [
         {
             "prompt": "".join(words[:PROMPT_WORDS]),
             "chosen": "".join(words[PROMPT_WORDS:]),
-            "rejected": "".join(rng.choice(wrong)[PROMPT_WORDS:]),
+            "rejected": "".join(rng.choice(strangers)[PROMPT_WORDS:]),
         }
-        for words in right
+        for words in passages
     ]
 
 

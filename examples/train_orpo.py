@@ -43,15 +43,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="path or name of a causal language model (default: a small Llama, untrained)")
     parser.add_argument("--hidden-size", type=int, default=256, help="width of the small Llama, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="depth of the small Llama")
-    parser.add_argument("--max-steps", type=int, default=80)
+    parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--beta", type=float, default=0.1, help="weight of the odds-ratio term; 0: plain fine-tuning")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the small Llama, 8e-6 for a named model")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of prompt and answer together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
     parser.add_argument("--output", type=Path, default=Path("demo-output/run"), help="folder for history.json")
     options = parser.parse_args(arguments)
+    if options.learning_rate is None:
+        options.learning_rate = 3e-3 if options.model is None else 8e-6
     if options.max_steps < 1:
         parser.error(f"--max-steps must be at least 1, got {options.max_steps}")
     if options.hidden_size < 64 or options.hidden_size % 64:
@@ -140,6 +142,7 @@ def foreign_methods() -> dict[str, str]:
 
 def main() -> None:
     options = parse_arguments()
+    datasets.disable_progress_bars()
     transformers.set_seed(options.seed)
     pairs = corpus.preference_pairs(options.seed) if options.data is None else corpus.load_pairs(options.data)
     model, tokenizer = load_model(options, [text for pair in pairs for text in pair.values()])

@@ -45,12 +45,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale:
             "under deepspeed.zero.GatheredParameters(weight)"
         )
     if weight.dim() != 2:
-        raise ValueError(f"weight must be [V, H], got shape {shape(weight)}: pass the head's own weight, as nn.Linear has it")
+        raise ValueError(
+            f"weight must be [V, H], got shape {shape(weight)}: pass the head's own weight, as nn.Linear has it"
+        )
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [2P, T, H] or packed [N, H], got shape {shape(hidden)}")
     if hidden.shape[-1] != weight.shape[1]:
         transposed = hidden.shape[-1] == weight.shape[0]
-        hint = ": weight looks transposed; pass weight.T" if transposed else ": pass the head that belongs to this model"
+        hint = (
+            ": weight looks transposed; pass weight.T" if transposed else ": pass the head that belongs to this model"
+        )
         raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns{hint}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], one entry a row of weight, got shape {shape(bias)}")
@@ -58,7 +62,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale:
         if tensor is None:
             continue
         if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one to the other's device")
+            raise ValueError(
+                f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one to the other's device"
+            )
         if tensor.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} is {tensor.dtype} but hidden is {hidden.dtype}: cast one, or run under torch.autocast"
@@ -79,9 +85,13 @@ def check_labels(name: str, labels: Tensor, hidden: Tensor, *, expected: torch.S
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype not in INTEGERS:
-        raise TypeError(f"{name} must hold integers (int64), got {labels.dtype}: token ids, not one-hot or probabilities")
+        raise TypeError(
+            f"{name} must hold integers (int64), got {labels.dtype}: token ids, not one-hot or probabilities"
+        )
     if labels.device != hidden.device:
-        raise ValueError(f"{name} is on {labels.device} but hidden is on {hidden.device}: move one to the other's device")
+        raise ValueError(
+            f"{name} is on {labels.device} but hidden is on {hidden.device}: move one to the other's device"
+        )
     if labels.shape == expected:
         return
     if labels.dim() == 2 == len(expected) and labels.shape[0] == expected[0] and labels.shape[1] == expected[1] + 1:
@@ -102,7 +112,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in INTEGERS:
         raise TypeError("cu_seqlens must be an integer tensor of offsets, as torch.int32 or torch.int64")
     if hidden.dim() != 2:
-        raise ValueError(f"with cu_seqlens hidden must be packed [N, H], got shape {shape(hidden)}: drop one of the two")
+        raise ValueError(
+            f"with cu_seqlens hidden must be packed [N, H], got shape {shape(hidden)}: drop one of the two"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
         raise ValueError(
             f"cu_seqlens must be [2P + 1], offsets of an even number of sequences, chosen first, got shape "
@@ -113,7 +125,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
             f"cu_seqlens is on {cu_seqlens.device} but hidden is on {hidden.device}: move one to the other's device"
         )
     offsets: list[int] = cu_seqlens.tolist()  # a few integers; the packed form's second and last host copy
-    if offsets[0] != 0 or offsets[-1] != hidden.shape[0] or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+    if (
+        offsets[0] != 0
+        or offsets[-1] != hidden.shape[0]
+        or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
+    ):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the {hidden.shape[0]} rows of hidden, got {offsets[:4]}...{offsets[-1]}"
         )

@@ -110,7 +110,9 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
             part, pairs = slice(*group[2:]), slice(*group[:2])
             rows, targets = scores.rows[part], scores.targets[part]
             some = hidden[rows]
-            result = backend.forward(some, targets, head, keep=True, unit=needs.hidden, logit_sum=logit_sums is not None)
+            result = backend.forward(
+                some, targets, head, keep=True, unit=needs.hidden, logit_sum=logit_sums is not None
+            )
             logps[part] = result.logps
             if logit_sums is not None:
                 logit_sums[part] = result.logit_sum
@@ -154,9 +156,7 @@ def _scatter(out: Tensor, rows: Tensor, values: Tensor, shared: bool) -> None:
         out.index_copy_(0, rows, values)
 
 
-def _stream(
-    backend: Backend, hidden: Tensor, targets: Tensor, head: Head, *, unit: bool, logit_sum: bool
-) -> Forward:
+def _stream(backend: Backend, hidden: Tensor, targets: Tensor, head: Head, *, unit: bool, logit_sum: bool) -> Forward:
     """``backend.forward`` over chunks of rows without a kept E; ``unit`` comes in the dtype of hidden's gradient."""
     units = torch.empty_like(hidden, dtype=_grad_dtype(hidden.dtype)) if unit else None
     parts: list[Forward] = []
@@ -215,18 +215,35 @@ def _logit_means(job: Job, head: Head, hidden: Tensor, logit_sums: Tensor | None
     for start in range(0, scores.count, STREAM_ROWS):
         part = slice(start, start + STREAM_ROWS)
         rows += member[:, part] @ hidden[scores.rows[part]].to(acc)
-    mean_weight = job.backend.column_mean(head.weight)
-    mean_bias = 0.0 if head.bias is None else head.bias.to(acc).mean()
-    return head.logit_scale * (rows / counts[:, None] @ mean_weight + mean_bias * (counts > 0))
+    return _centre_logit(job.backend, rows / counts[:, None], head) * (member.sum(1) > 0)
+
+
+def _centre_logit(backend: Backend, rows: Tensor, head: Head) -> Tensor:
+    """Mean over V of the uncapped logits of ``rows [k, H]``, ``[k]``, without a logit: ``scale (h . mean(W) + mean(b))``."""
+    mean_bias = 0.0 if head.bias is None else head.bias.to(rows.dtype).mean()
+    mean: Tensor = head.logit_scale * (rows @ backend.column_mean(head.weight) + mean_bias)
+    return mean
+
+
+@torch.no_grad()
+def mean_logit(backend: Backend, hidden: Tensor, head: Head) -> Tensor:
+    """Mean capped logit over ``hidden [n, H]`` and the vocabulary, a scalar; 0 for no rows."""
+    if hidden.shape[0] == 0:
+        return torch.zeros((), dtype=acc_dtype(hidden.dtype), device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if head.softcap is None:
+            return _centre_logit(backend, hidden.mean(0, keepdim=True, dtype=acc_dtype(hidden.dtype)), head)[0]
+        anything = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        result = _stream(backend, hidden, anything, head, unit=False, logit_sum=True)
+    assert result.logit_sum is not None  # asked for, and there is a softcap
+    return result.logit_sum.mean() / head.vocab
 
 
 class OrpoFunction(torch.autograd.Function):
     """``Losses`` of a job. Gradients are ready in forward; backward scales them by the upstream scalar, in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             losses, grads = run_orpo(job, hidden.detach(), weight.detach(), None if bias is None else bias.detach())
         if job.plan.mm > 1:

@@ -96,9 +96,7 @@ def choose(
     column = vocab * kept_itemsize  # E of one score
 
     def plan(name: str, mm: int, reason: str, groups: tuple[Group, ...] = (whole,), kept: int = 0) -> Plan:
-        return Plan(
-            name, mm, groups, scores, positions, kept, accumulator if len(groups) > 1 else 0, reason, backend
-        )
+        return Plan(name, mm, groups, scores, positions, kept, accumulator if len(groups) > 1 else 0, reason, backend)
 
     if not needs.hidden and not needs.head:
         return plan("score", 1, "nothing needs a gradient")

@@ -39,12 +39,20 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """``logp_t = z_{t, y_t} - logsumexp_v z_tv`` in the shape of labels, at least float32, 0 where ignored."""
+    """``logp_t = z_{t, y_t} - logsumexp_v z_tv`` in the shape of labels, at least float32, 0 where ignored.
+
+    In float64 the same number is formed as ``logsigmoid(z_y - logsumexp_{v != y} z_v)``, which does not cancel as p -> 1:
+    a truth must hold in that regime too. Other dtypes take the log-softmax, as those who are measured do.
+    """
     kept = labels != ignore_index
+    places = torch.where(kept, labels, 0)[..., None]
     z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap)
-    z = z if z.dtype == torch.float64 else z.float()
-    logps = torch.log_softmax(z, -1).gather(-1, torch.where(kept, labels, 0)[..., None]).squeeze(-1)
-    return torch.where(kept, logps, 0.0)
+    if z.dtype == torch.float64:
+        others = z.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
+        logps = F.logsigmoid(z.gather(-1, places) - others)
+    else:
+        logps = torch.log_softmax(z.float(), -1).gather(-1, places)
+    return torch.where(kept, logps.squeeze(-1), 0.0)
 
 
 def orpo_loss(

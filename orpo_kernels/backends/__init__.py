@@ -72,7 +72,7 @@ class Backend(Protocol):
 
 def available() -> tuple[Backend, ...]:
     """Every backend, most wanted first."""
-    from orpo_kernels.backends.torch import TorchBackend
+    from orpo_kernels.backends.torch_backend import TorchBackend
 
     return (TorchBackend(),)
 

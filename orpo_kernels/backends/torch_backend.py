@@ -175,7 +175,7 @@ def _label_logits(hidden: Tensor, targets: Tensor, head: Head, acc: torch.dtype)
 def _representable(logit: Tensor, head: Head, compute: torch.dtype) -> Tensor:
     """The shift nearest to ``logit`` that the first product can subtract exactly: its bias has the product's dtype."""
     if head.softcap is not None:  # the shift follows the cap, in the accumulation dtype
-        return logit
+        return logit.clone()  # rescued rows are overwritten, the label's logit is still needed
     return (logit / head.logit_scale).to(compute).to(logit.dtype) * head.logit_scale
 
 
@@ -274,9 +274,7 @@ def _stream(
 def _row_max(hidden: Tensor, head: Head) -> Tensor:
     """The largest capped logit of each row, ``[n]`` in the accumulation dtype."""
     step = _tile_rows(hidden.shape[0], hidden.element_size())
-    largest = [
-        _logits(hidden, head, slice(start, start + step), None).amax(0) for start in range(0, head.vocab, step)
-    ]
+    largest = [_logits(hidden, head, slice(start, start + step), None).amax(0) for start in range(0, head.vocab, step)]
     return head.cap(torch.stack(largest).amax(0).to(_acc_dtype(hidden.dtype)))
 
 

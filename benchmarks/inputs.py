@@ -1,0 +1,119 @@
+"""From a case's data to tensors: labels as TRL has them, and hidden states of a stated log-probability."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import IGNORE, Batch, Case, DTypeName, HeadName, Pair, States
+
+# The check against float64 runs on this many tokens at most: two float64 copies of a full head would cost more time and
+# memory than all that is measured. It is no power of two, so that tails are masked here too.
+SAMPLE_VOCAB = 12_345
+SAMPLE_BATCH = Batch("sample", (Pair(9, 30, 21), Pair(14, 17, 33)), 48)
+WEIGHT_STD = 0.02  # what language models are initialised with
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the loss, as every provider gets it: the padded batch."""
+
+    hidden: Tensor  # [2P, T, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [2P, T] answers, IGNORE elsewhere; already shifted
+    nll_labels: Tensor  # [2P, T] prompt and answer of the chosen side, IGNORE elsewhere
+    softcap: float | None
+
+    @property
+    def targets(self) -> Tensor:
+        """``[2P, T]``: what is scored at each position. Here the NLL and the answers never name two tokens at once."""
+        return torch.where(self.labels != IGNORE, self.labels, self.nll_labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def scored_rows(self) -> Tensor:
+        """``[N, H]`` hidden states of the scored positions."""
+        return self.hidden[self.targets != IGNORE]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What the last backward left in hidden and weight."""
+        named = {"hidden": self.hidden.grad, "weight": self.weight.grad}
+        return {name: grad for name, grad in named.items() if grad is not None}
+
+    def clear_gradients(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def double(self) -> Problem:
+        """The same numbers in float64, leaves of their own."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+        return replace(self, hidden=copy(self.hidden), weight=copy(self.weight))
+
+
+def make_problem(
+    case: Case, batch: Batch, states: States, dtype: DTypeName, head: HeadName, device: torch.device
+) -> Problem:
+    """The same numbers for the same arguments, in every process."""
+    generator = torch.Generator(device).manual_seed(0)
+    # Drawn in the dtype, so that no float32 copy of the head ever exists.
+    weight = torch.empty((case.vocab, case.features), dtype=getattr(torch, dtype), device=device)
+    weight.normal_(0, WEIGHT_STD, generator=generator)
+    labels, nll_labels = make_labels(case.vocab, batch, generator)
+    problem = Problem(weight.new_empty(0), weight, labels, nll_labels, case.softcap)
+    hidden = make_hidden(weight, problem.targets, states, case.softcap, generator)
+    return replace(problem, hidden=hidden.requires_grad_(), weight=weight.requires_grad_(head == "trainable"))
+
+
+def make_sample(case: Case, states: States, dtype: DTypeName, head: HeadName, device: torch.device) -> Problem:
+    """A few rows of the same case, small enough for float64."""
+    small = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB))
+    return make_problem(small, SAMPLE_BATCH, states, dtype, head, device)
+
+
+def make_labels(vocab: int, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Shifted labels and NLL labels, ``[2P, T]`` each: position t names the token after it."""
+    pairs = len(batch.pairs)
+    shape = (2 * pairs, batch.positions)
+    tokens = torch.randint(vocab, shape, generator=generator, device=generator.device)
+    labels = torch.full_like(tokens, IGNORE)
+    nll_labels = torch.full_like(tokens, IGNORE)
+    for index, pair in enumerate(batch.pairs):
+        first = pair.prompt - 1  # the position of the prompt's last token predicts the answer's first
+        for row, answer in ((index, pair.chosen), (pairs + index, pair.rejected)):
+            labels[row, first : first + answer] = tokens[row, first : first + answer]
+        nll_labels[index, : first + pair.chosen] = tokens[index, : first + pair.chosen]
+    return labels, nll_labels
+
+
+def make_hidden(
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [...], IGNORE where nothing is scored
+    states: States,
+    softcap: float | None,
+    generator: torch.Generator,
+) -> Tensor:  # [..., H] in the dtype of weight
+    """Hidden states of a regime, see ``States``.
+
+    Against a head of independent normal entries the noise's logits are normal, so their log-sum-exp is close to
+    ``log V + noise^2 / 2``, and adding ``c W_y`` to a row moves the label's logit by ``c |W_y|^2`` and the others hardly.
+    """
+    vocab, features = weight.shape
+    noise_std = states.noise / (WEIGHT_STD * math.sqrt(features))
+    shape = (*targets.shape, features)
+    hidden = torch.randn(shape, generator=generator, device=weight.device) * noise_std
+    if states.margin is not None:
+        spread = torch.randn(targets.shape, generator=generator, device=weight.device) * states.spread
+        wanted = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
+        if softcap is not None:  # the logit before the cap that the cap maps to the wanted one
+            wanted = softcap * torch.atanh((wanted / softcap).clamp(max=0.98))
+        label_rows = weight[targets.clamp(min=0)].float()
+        lift = (wanted - (hidden * label_rows).sum(-1)) / label_rows.square().sum(-1)
+        hidden += (lift * (targets != IGNORE))[..., None] * label_rows
+    return hidden.to(weight.dtype)

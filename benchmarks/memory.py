@@ -1,0 +1,91 @@
+"""Peak memory of a call: CUDA's own counter, or the process's resident size."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+MIB = 1 << 20
+
+
+class Peak(NamedTuple):
+    beyond_mib: float  # above what was held before the call
+    absolute_mib: float | None  # CPU: maximum resident size of the process
+
+
+def peak_of(call: Callable[[], object], device: torch.device) -> Peak:
+    """Run ``call`` and say how far memory rose."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return Peak((torch.cuda.max_memory_allocated(device) - before) / MIB, None)
+    _return_free_memory()
+    highest = _kernel_peak(call) if _reset_kernel_peak() else None
+    if highest is None:
+        highest = _sampled_peak(call)
+    before_kib, peak_kib = highest
+    return Peak((peak_kib - before_kib) / 1024, peak_kib / 1024)
+
+
+def _kernel_peak(call: Callable[[], object]) -> tuple[float, float]:
+    """The kernel's high-water mark since its reset, which misses nothing."""
+    before = _status("VmRSS")
+    call()
+    return before, _status("VmHWM")
+
+
+def _sampled_peak(call: Callable[[], object]) -> tuple[float, float]:
+    """Where the mark cannot be reset: the largest of many looks, which can miss a peak shorter than a millisecond."""
+    import psutil
+
+    process, done, seen = psutil.Process(), threading.Event(), [psutil.Process().memory_info().rss]
+    before = seen[0]
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(max(seen.pop(), process.memory_info().rss))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return before / 1024, max(seen[0], process.memory_info().rss) / 1024
+
+
+def _status(name: str) -> float:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return float(found[1])
+
+
+def _reset_kernel_peak() -> bool:
+    """Creating inputs and checking them costs more memory than most calls, so the mark has to start anew."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _status("VmHWM") <= _status("VmRSS") * 1.05
+
+
+def _return_free_memory() -> None:
+    """Hand the C library's free lists back, so that a call cannot hide its use in memory left over from another."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,133 @@
+"""What one measurement is asked for, what it answers, and the file both are kept in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.cases import DTypeName, HeadName, Phase
+
+Status = Literal["ok", "unsupported", "out of memory", "wrong", "failed"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One measurement. ``repeats`` and ``seconds`` bound the timed calls; three are made in any case."""
+
+    case: str
+    batch: str
+    states: str
+    head: HeadName
+    dtype: DTypeName
+    phase: Phase
+    provider: str
+    device: str = "cpu"
+    repeats: int = 7
+    seconds: float = 15.0
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What providers are compared within."""
+        return (self.case, self.batch, self.states, self.head, self.dtype, self.phase)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The answer. Numbers are None where there are none; ``reason`` says why."""
+
+    case: str
+    batch: str
+    states: str
+    head: HeadName
+    dtype: DTypeName
+    phase: Phase
+    provider: str
+    status: Status
+    reason: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    repeats: int = 0
+    peak_mib: float | None = None  # beyond inputs and returned gradients
+    peak_rss_mib: float | None = None  # CPU only: maximum resident size of the process, inputs and libraries included
+    floor_ms: float | None = None  # timed in turn with this row's own calls, in the same process
+    ratio: float | None = None  # median_ms / floor_ms
+    loss: float | None = None
+    err_loss: float | None = None  # relative, against float64, on the sample
+    err_hidden: float | None = None  # relative Frobenius norms of the gradients' errors
+    err_weight: float | None = None
+    naive_err_loss: float | None = None  # the naive implementation's on the same sample
+    naive_err_hidden: float | None = None
+    naive_err_weight: float | None = None
+    scores: int = 0
+    positions: int = 0
+    provider_version: str = ""
+    device: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        return (self.case, self.batch, self.states, self.head, self.dtype, self.phase)
+
+    def with_(self, **changes: Any) -> Row:
+        return replace(self, **changes)
+
+
+def row_of(spec: Spec, status: Status, reason: str = "") -> Row:
+    return Row(
+        spec.case, spec.batch, spec.states, spec.head, spec.dtype, spec.phase, spec.provider, status, reason
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Relative Frobenius error of one quantity in one regime, the naive implementation's beside ours."""
+
+    regime: str
+    mean_logp: float  # of the float64 truth
+    dtype: str
+    quantity: str  # logps, grad_hidden or grad_weight
+    naive: float
+    ours: float
+    allowed: float  # twice the naive error, or the dtype's floor
+
+    @property
+    def holds(self) -> bool:
+        return self.ours <= self.allowed
+
+
+@dataclass
+class Record:
+    """One file: where and when, the race, the accuracy."""
+
+    machine: str = ""
+    date: str = ""
+    commit: str = ""
+    rows: list[Row] = field(default_factory=list)
+    accuracy: list[AccuracyRow] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Record:
+        """
+        Raises:
+            ValueError: the file is no record.
+        """
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or "rows" not in found:
+            raise ValueError(f"{path} is not a record of this benchmark: it has no rows; write one with --json")
+        return Record(
+            machine=found.get("machine", ""),
+            date=found.get("date", ""),
+            commit=found.get("commit", ""),
+            rows=[Row(**row) for row in found["rows"]],
+            accuracy=[AccuracyRow(**row) for row in found.get("accuracy", [])],
+        )

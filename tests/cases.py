@@ -1,0 +1,130 @@
+"""Inputs, and the comparison that every accuracy test uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orpo_kernels import OrpoOutput, orpo_loss, reference
+
+# The floors of the comparison: what the rounding of inputs and results alone can amount to.
+VALUE_FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+GRAD_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius error."""
+    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+
+
+def assert_as_accurate(name: str, ours: Tensor, naive: Tensor, truth: Tensor, floor: float) -> None:
+    """Our error against float64 is within twice the naive implementation's own, or below the floor of the dtype."""
+    assert torch.isfinite(ours).all(), name
+    mine, theirs = relative(ours, truth), relative(naive, truth)
+    assert mine <= max(2 * theirs, floor), f"{name}: error {mine:.2e}, naive {theirs:.2e}, floor {floor:.0e}"
+
+
+@dataclass
+class Case:
+    """One call of the loss; ``tensors`` are what autograd tracks."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values in another dtype, with gradients asked for as before."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+
+        hidden, weight = cast(self.hidden), cast(self.weight)
+        assert hidden is not None
+        assert weight is not None
+        return replace(self, hidden=hidden, weight=weight, bias=cast(self.bias))
+
+    def ours(self, **options: Any) -> OrpoOutput:
+        return orpo_loss(self.hidden, self.weight, self.labels, bias=self.bias, **{**self.options, **options})
+
+    def reference(self) -> dict[str, Tensor]:
+        return reference.orpo_loss(self.hidden, self.weight, self.labels, bias=self.bias, **self.options)
+
+    def grads(self, loss: Tensor, upstream: float = 1.0) -> dict[str, Tensor]:
+        """Gradients of ``upstream * loss`` in the tracked tensors that ask for one."""
+        wanted = {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+        found = torch.autograd.grad(loss * upstream, list(wanted.values()))
+        return dict(zip(wanted, found, strict=True))
+
+
+def make(
+    dtype: torch.dtype = torch.float32,
+    *,
+    pairs: int = 2,
+    length: int = 9,
+    features: int = 32,
+    vocab: int = 500,
+    bias: bool = False,
+    confidence: float = 0.0,
+    scale: float = 0.2,
+    seed: int = 0,
+    keep: float = 0.7,
+    **options: Any,
+) -> Case:
+    """Random hidden states and head; ``confidence`` moves each row towards its label's weight."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = normal(vocab, features) * scale
+    labels = torch.randint(0, vocab, (2 * pairs, length), generator=generator)
+    hidden = normal(2 * pairs, length, features) + confidence * weight[labels] / scale
+    labels[torch.rand(labels.shape, generator=generator) > keep] = -100
+    labels[:, 0] = torch.randint(0, vocab, (2 * pairs,), generator=generator)
+    return Case(
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        labels,
+        normal(vocab).to(dtype).requires_grad_() if bias else None,
+        options,
+    )
+
+
+def check(case: Case, upstream: float = 1.0, **options: Any) -> None:
+    """Every value and gradient of a case against float64, beside the naive implementation in the case's dtype."""
+    dtype = case.hidden.dtype
+    truth_case = case.to(torch.float64)
+    truth, naive, out = truth_case.reference(), case.reference(), case.ours(**options)
+    truth_grads = truth_case.grads(truth["loss"], upstream)
+    naive_grads, grads = case.grads(naive["loss"], upstream), case.grads(out.loss, upstream)
+    for name, expected in truth.items():
+        if name == "skipped_pairs":
+            assert int(out.skipped_pairs) == int(expected)
+            continue
+        # Differences of log-probabilities and means of signed terms can all but vanish: their error is measured beside
+        # the size of what they are made of.
+        size = VALUE_FLOOR[dtype] * max(1.0, truth["nll_loss"].item())
+        if name in (
+            "odds_ratio_loss",
+            "log_odds_ratio",
+            "log_odds_chosen",
+            "chosen_logits_mean",
+            "rejected_logits_mean",
+        ):
+            error = (getattr(out, name).double() - expected).abs().item()
+            assert error <= max(2 * (naive[name].double() - expected).abs().item(), size), name
+        else:
+            assert_as_accurate(name, getattr(out, name), naive[name], expected, VALUE_FLOOR[dtype])
+    for name, expected in truth_grads.items():
+        assert grads[name].dtype == dtype
+        assert_as_accurate(f"grad_{name}", grads[name], naive_grads[name], expected, GRAD_FLOOR[dtype])
