@@ -33,7 +33,7 @@ class Case:
 
 
 class Pair(NamedTuple):
-    """Lengths in tokens. The first token of the prompt is predicted by nothing, so p prompt tokens give p - 1 scores."""
+    """Lengths in tokens. Nothing predicts the first token of a prompt, so p prompt tokens give p - 1 scores."""
 
     prompt: int
     chosen: int
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs, right-padded to ``positions``. NLL over prompt and chosen answer, as TRL has it; odds ratio over answers."""
+    """Pairs, right-padded to ``positions``. NLL over prompt and chosen answer, as in TRL; odds ratio over answers."""
 
     name: str
     pairs: tuple[Pair, ...]
@@ -62,9 +62,9 @@ class Batch:
 class States:
     """A regime of hidden states: ``hidden = noise + a multiple of the label's row of the head``, per scored position.
 
-    The noise gives the logits of all tokens a standard deviation of ``noise`` nats. The multiple lifts the label's logit
-    ``margin`` nats above the log-sum-exp of the others, plus ``spread`` nats of normal deviation between tokens; None
-    lifts nothing, so that labels are random tokens to the head.
+    The noise gives the logits of all tokens a standard deviation of ``noise`` nats. The multiple lifts the label's
+    logit ``margin`` nats above the log-sum-exp of the others, plus ``spread`` nats of normal deviation between tokens;
+    None lifts nothing, so that labels are random tokens to the head.
     """
 
     name: str

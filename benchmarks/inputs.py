@@ -102,7 +102,8 @@ def make_hidden(
     """Hidden states of a regime, see ``States``.
 
     Against a head of independent normal entries the noise's logits are normal, so their log-sum-exp is close to
-    ``log V + noise^2 / 2``, and adding ``c W_y`` to a row moves the label's logit by ``c |W_y|^2`` and the others hardly.
+    ``log V + noise^2 / 2``. Adding ``c W_y`` to a row moves the label's logit by ``lift = c |W_y|^2`` and the others by
+    normal amounts of variance ``lift^2 / H``, which add to the noise's.
     """
     vocab, features = weight.shape
     noise_std = states.noise / (WEIGHT_STD * math.sqrt(features))
@@ -110,7 +111,10 @@ def make_hidden(
     hidden = torch.randn(shape, generator=generator, device=weight.device) * noise_std
     if states.margin is not None:
         spread = torch.randn(targets.shape, generator=generator, device=weight.device) * states.spread
-        wanted = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
+        margin = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
+        wanted = margin
+        for _ in range(8):  # wanted = margin + wanted^2 / 2H, where wanted is small beside H
+            wanted = margin + wanted.square() / (2 * features)
         if softcap is not None:  # the logit before the cap that the cap maps to the wanted one
             wanted = softcap * torch.atanh((wanted / softcap).clamp(max=0.98))
         label_rows = weight[targets.clamp(min=0)].float()

@@ -15,15 +15,16 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import machine
+from benchmarks.accuracy import relative_error
 from benchmarks.cases import BATCHES, BETA, CASES, STATES
 from benchmarks.floor import build_floor
 from benchmarks.inputs import Problem, make_problem, make_sample
-from benchmarks.memory import MIB, Peak, peak_of
-from benchmarks.providers import FLOOR, NAIVE, PROVIDERS, Provider, Unsupported
+from benchmarks.memory import MIB, peak_of
+from benchmarks.providers import NAIVE, PROVIDERS, Provider, UnsupportedError
 from benchmarks.rows import Row, Spec, row_of
 from orpo_kernels import reference
 
-MIN_REPEATS = 3
+MIN_REPEATS = 3  # the one whose memory is watched among them
 WRONG_FACTOR = 20  # times the naive implementation's own error
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -41,7 +42,7 @@ def measure(spec: Spec) -> Row:
     row = row_of(spec, "ok").with_(**_circumstances(spec))
     try:
         return _measure(spec, row)
-    except Unsupported as reason:
+    except UnsupportedError as reason:
         return row.with_(status="unsupported", reason=str(reason))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
@@ -80,16 +81,17 @@ def _measure(spec: Spec, row: Row) -> Row:
     for _ in range(3 if device.type == "cuda" else 1):
         call()
     problem.clear_gradients()
-    peak = peak_of(call, device)
+    first: list[float] = []
+    peak = peak_of(lambda: first.append(_seconds(call, device)), device)
     returned = sum(grad.numel() * grad.element_size() for grad in problem.gradients().values()) / MIB
     problem.clear_gradients()
     times, floors = _alternate(call, build_floor(problem, spec.phase), spec, device)
-    row = _summary(row, times, floors)
+    row = _summary(row, first + times, floors)
     return row.with_(loss=losses[-1], peak_mib=max(peak.beyond_mib - returned, 0.0), peak_rss_mib=peak.absolute_mib)
 
 
 def check(provider: Provider, row: Row, sample: Problem) -> Row:
-    """Errors of the provider and of the naive implementation on the sample; status "wrong" beyond 20 times the latter."""
+    """Errors of the provider and of the naive implementation on the sample; "wrong" beyond 20 times the latter."""
     problem = sample.double()
     loss = reference.orpo_loss(
         problem.hidden, problem.weight, problem.labels,
@@ -119,7 +121,7 @@ def _errors(provider: Provider, sample: Problem, true_loss: float, truth: Proble
     def error(name: str) -> float | None:
         if name not in found or name not in true:
             return None
-        return ((found[name].double() - true[name]).norm() / true[name].norm()).item()
+        return relative_error(found[name], true[name])
 
     result = Errors(abs(loss.item() - true_loss) / abs(true_loss), error("hidden"), error("weight"))
     sample.clear_gradients()
@@ -143,7 +145,7 @@ def _alternate(
     times: list[float] = []
     floors: list[float] = []
     start = time.perf_counter()
-    while len(times) < MIN_REPEATS or (len(times) < spec.repeats and time.perf_counter() - start < spec.seconds):
+    while len(times) < MIN_REPEATS - 1 or (len(times) < spec.repeats and time.perf_counter() - start < spec.seconds):
         times.append(_seconds(call, device))
         if floor is not None:
             floors.append(_seconds(floor, device))

@@ -1,8 +1,9 @@
 """The field: one function per way to compute the same loss. A new competitor is one function here.
 
-All compute ``NLL(prompt + chosen) + 0.1 * mean softplus(-log_odds(answers))`` of the same padded batch, as a scalar that
-``backward`` works on. Where a library takes flat rows it gets the scored rows alone, which is its strongest use and what
-its user would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets that.
+All compute ``NLL(prompt + chosen) + 0.1 * mean softplus(-log_odds(answers))`` of the same padded batch, as a scalar
+that ``backward`` works on. Where a library takes flat rows it gets the scored rows alone, which is its strongest use
+and what its user would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets
+that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import orpo_kernels
 from benchmarks.cases import BETA, IGNORE
+from benchmarks.floor import CHUNK
 from benchmarks.inputs import Problem
 from benchmarks.machine import version
 from orpo_kernels import reference
@@ -29,7 +31,7 @@ Step = Callable[[], Tensor]  # one forward: the scalar loss
 Build = Callable[[Problem], Step]
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """This provider cannot compute this problem here; the message is the reason."""
 
 
@@ -47,7 +49,7 @@ class Provider:
 
 
 def compose(logps: Tensor, problem: Problem) -> Tensor:
-    """The loss from log-probabilities ``[2P, T]`` of ``problem.targets``: what a user of a fused head writes around it."""
+    """The loss from log-probabilities ``[2P, T]`` of ``problem.targets``: what the user of a fused head writes."""
     in_answer, in_nll = problem.labels != IGNORE, problem.nll_labels != IGNORE
     means = torch.where(in_answer, logps, 0.0).sum(-1) / in_answer.sum(-1)
     nll = -torch.where(in_nll, logps, 0.0).sum() / in_nll.sum()
@@ -100,7 +102,7 @@ def _compiled(problem: Problem) -> Step:
 def _liger(compiled: bool) -> Build:
     def build(problem: Problem) -> Step:
         if problem.softcap is not None:
-            raise Unsupported("LigerFusedLinearORPOLoss has no softcap")
+            raise UnsupportedError("LigerFusedLinearORPOLoss has no softcap")
         loss = _import("liger_kernel.chunked_loss").LigerFusedLinearORPOLoss(beta=BETA, compiled=compiled)
 
         def step() -> Tensor:
@@ -119,7 +121,9 @@ def _liger(compiled: bool) -> Build:
 def _cce(impl: str) -> Build:
     def build(problem: Problem) -> Step:
         if problem.device.type == "cpu":
-            raise Unsupported("cut-cross-entropy's kernels need a GPU; its CPU path is torch.compile of the plain loss")
+            raise UnsupportedError(
+                "cut-cross-entropy's kernels need a GPU; its CPU path is torch.compile of the plain loss"
+            )
         linear_cross_entropy = _import("cut_cross_entropy").linear_cross_entropy
 
         def step() -> Tensor:
@@ -173,10 +177,11 @@ def _trl_fused(problem: Problem) -> Step:
 def _torch_lce(problem: Problem) -> Step:
     """torch's chunked linear cross-entropy, unreduced, which takes the odds term's gradient per token."""
     if not hasattr(F, "linear_cross_entropy"):
-        raise Unsupported(f"torch {torch.__version__} has no linear_cross_entropy")
+        raise UnsupportedError(f"torch {torch.__version__} has no linear_cross_entropy")
     if problem.softcap is not None:
-        raise Unsupported("F.linear_cross_entropy has no softcap")
-    options = nn.LinearCrossEntropyOptions()
+        raise UnsupportedError("F.linear_cross_entropy has no softcap")
+    # The floor's chunk: the default picks chunks of 32 to 128 rows at these sizes, which made it ten times slower here.
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
     targets = problem.targets[problem.targets != IGNORE]
 
     def step() -> Tensor:
@@ -191,7 +196,7 @@ def _ours(backend: str, workspace_bytes: int | None = None) -> Build:
         try:
             select(backend, problem.device, problem.hidden.dtype)
         except ValueError as refusal:
-            raise Unsupported(str(refusal)) from refusal
+            raise UnsupportedError(str(refusal)) from refusal
 
         def step() -> Tensor:
             return orpo_kernels.orpo_loss(
@@ -217,7 +222,7 @@ def _import(module: str) -> ModuleType:
     except ModuleNotFoundError as missing:
         if missing.name is None or module.split(".")[0] != missing.name.split(".")[0]:
             raise
-        raise Unsupported(f"{missing.name} is not installed") from missing
+        raise UnsupportedError(f"{missing.name} is not installed") from missing
 
 
 NAIVE = Provider("naive", "torch", _naive)

@@ -36,7 +36,7 @@ def specs(
     repeats: int = Spec.repeats,
     seconds: float = Spec.seconds,
 ) -> list[Spec]:
-    """Every combination; a group's providers run one after the other, so that they see the same state of the machine."""
+    """Every combination; a group's providers run one after the other, and so see the same state of the machine."""
     return [
         Spec(*combination, device=device, repeats=repeats, seconds=seconds)
         for combination in product(cases, batches, states, heads, dtypes, phases, providers)

@@ -153,6 +153,7 @@ def main() -> None:
         max_steps=options.max_steps,
         beta=options.beta,
         learning_rate=options.learning_rate,
+        adam_beta2=0.95,
         warmup_steps=options.max_steps // 10,
         per_device_train_batch_size=options.batch_size,
         max_length=options.max_length,

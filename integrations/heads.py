@@ -113,10 +113,10 @@ class Check:
             raise RuntimeError(
                 f"orpo_kernels does not reproduce the logits of {type(model).__name__}: for {len(self.labels)} tokens "
                 f"the model's own log-probabilities are {[round(x, 4) for x in theirs.tolist()]} and ours "
-                f"{[round(x, 4) for x in self.ours.tolist()]}, a difference of {difference:.3g} where rounding explains "
-                f"{tolerance:.1g}. It does something to its logits that the head's tables do not know (read: scale "
-                f"{head.logit_scale}, softcap {head.softcap}, bias {head.bias is not None}). Train it unpatched, and "
-                "please report the model type"
+                f"{[round(x, 4) for x in self.ours.tolist()]}, a difference of {difference:.3g} where rounding "
+                f"explains {tolerance:.1g}. It does something to its logits that the head's tables do not know (read: "
+                f"scale {head.logit_scale}, softcap {head.softcap}, bias {head.bias is not None}). Train it unpatched, "
+                "and please report the model type"
             )
 
 

@@ -99,7 +99,7 @@ def _site(trainer: Any, model: nn.Module, stands_for: tuple[str, ...]) -> _Site 
     return head if isinstance(head, str) else _Site(outer, inner, head)
 
 
-def _function(cls: type, name: str) -> Any:
+def _function(cls: Any, name: str) -> Any:
     method = getattr(cls, name)
     return getattr(method, "__func__", method)
 
@@ -169,32 +169,15 @@ def get_batch_loss_metrics(self: Any, model: nn.Module, batch: dict[str, Any], t
         return _Fused(out, _logit_means(hidden.detach(), head, data, out))
 
     fused, output = _forward(self, model, site, data, compute, lambda result: result.out.loss)
-    out: OrpoOutput = fused.out
-    # The loss as it came through the model's output: DDP has seen it there.
-    loss = output["loss"]
-    kept = (out.chosen_logps != 0) & (out.rejected_logps != 0)
+    loss = output["loss"]  # as it came through the model's output, where DDP has seen it
     gather = self.accelerator.gather_for_metrics
-    everyone = gather(kept.float())
-
-    def over_pairs(values: Tensor) -> Tensor:
-        return (gather(values.float()) * everyone).sum() / everyone.sum().clamp(min=1)
-
-    margins = out.chosen_rewards - out.rejected_rewards
-    metrics = {
-        "rewards/chosen": over_pairs(out.chosen_rewards),
-        "rewards/rejected": over_pairs(out.rejected_rewards),
-        "rewards/accuracies": over_pairs(margins > 0),
-        "rewards/margins": over_pairs(margins),
-        "logps/rejected": over_pairs(out.rejected_logps),
-        "logps/chosen": over_pairs(out.chosen_logps),
-        "logits/rejected": gather(fused.logit_means[1]).mean(),
-        "logits/chosen": gather(fused.logit_means[0]).mean(),
-        "nll_loss": gather(out.nll_loss).mean(),
-        "log_odds_ratio": gather(out.log_odds_ratio).mean(),
-        "log_odds_chosen": gather(out.log_odds_chosen).mean(),
-    }
+    out: OrpoOutput = fused.out._replace(
+        chosen_logits_mean=fused.logit_means[0], rejected_logits_mean=fused.logit_means[1]
+    )
+    of_all_ranks = (gather(value.detach().float()) for value in out)
+    metrics = OrpoOutput(*(v if mine.dim() else v.mean() for v, mine in zip(of_all_ranks, out, strict=True))).metrics()
     prefix = "eval_" if train_eval == "eval" else ""
-    values = torch.stack([value.float() for value in metrics.values()]).tolist()  # one copy to the host, not eleven
+    values = torch.stack(list(metrics.values())).tolist()  # one copy to the host, not eleven
     if self.aux_loss_enabled:
         loss = loss + self.aux_loss_coef * output.aux_loss
     return loss, {prefix + name: value for name, value in zip(metrics, values, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale:
             )
     if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
         raise ValueError(
-            "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or pass "
-            "weight.full_tensor(grad_placements=[Partial('avg')])"
+            "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "
+            "pass weight.full_tensor(grad_placements=[Partial('avg')])"
         )
     if weight.is_meta:
         raise ValueError("weight is on the meta device and holds no data: load or gather it before the loss")
@@ -125,11 +126,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
             f"cu_seqlens is on {cu_seqlens.device} but hidden is on {hidden.device}: move one to the other's device"
         )
     offsets: list[int] = cu_seqlens.tolist()  # a few integers; the packed form's second and last host copy
-    if (
-        offsets[0] != 0
-        or offsets[-1] != hidden.shape[0]
-        or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
-    ):
+    if offsets[0] != 0 or offsets[-1] != hidden.shape[0] or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the {hidden.shape[0]} rows of hidden, got {offsets[:4]}...{offsets[-1]}"
         )

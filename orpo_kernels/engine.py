@@ -64,7 +64,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _grad_dtype(dtype: torch.dtype) -> torch.dtype:
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 gradients underflow before a loss scale is applied, so they wait for it in float32."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -97,7 +97,7 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
     logit_sums = torch.empty_like(logps) if head.softcap is not None else None
 
     def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=_grad_dtype(like.dtype)) if wanted and like is not None else None
+        return torch.zeros_like(like, dtype=grad_dtype(like.dtype)) if wanted and like is not None else None
 
     grads = Grads(zeros(hidden, needs.hidden), None, None)
     if plan.name == "stash" and scores.count:
@@ -115,6 +115,7 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
             )
             logps[part] = result.logps
             if logit_sums is not None:
+                assert result.logit_sum is not None  # asked for, and there is a softcap
                 logit_sums[part] = result.logit_sum
             g = _coefficients(job, result.logps, pairs, part)
             if grads.hidden is not None and result.unit is not None:
@@ -122,8 +123,8 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
             backend.grad_head(result, some, targets, head, g, *sums, accumulate=group.first_score > 0)
             del result  # E, before the next group's is allocated
         grads = grads._replace(
-            weight=None if sums[0] is None else sums[0].to(_grad_dtype(weight.dtype)),
-            bias=None if sums[1] is None or bias is None else sums[1].to(_grad_dtype(bias.dtype)),
+            weight=None if sums[0] is None else sums[0].to(grad_dtype(weight.dtype)),
+            bias=None if sums[1] is None or bias is None else sums[1].to(grad_dtype(bias.dtype)),
         )
     else:
         some = hidden[scores.rows]
@@ -144,7 +145,7 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
 
 def _head_gradient(like: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     """Room that ``grad_head`` writes whole."""
-    return None if like is None else torch.empty_like(like, dtype=dtype or _grad_dtype(like.dtype))
+    return None if like is None else torch.empty_like(like, dtype=dtype or grad_dtype(like.dtype))
 
 
 def _scatter(out: Tensor, rows: Tensor, values: Tensor, shared: bool) -> None:
@@ -158,7 +159,7 @@ def _scatter(out: Tensor, rows: Tensor, values: Tensor, shared: bool) -> None:
 
 def _stream(backend: Backend, hidden: Tensor, targets: Tensor, head: Head, *, unit: bool, logit_sum: bool) -> Forward:
     """``backend.forward`` over chunks of rows without a kept E; ``unit`` comes in the dtype of hidden's gradient."""
-    units = torch.empty_like(hidden, dtype=_grad_dtype(hidden.dtype)) if unit else None
+    units = torch.empty_like(hidden, dtype=grad_dtype(hidden.dtype)) if unit else None
     parts: list[Forward] = []
     for start in range(0, max(hidden.shape[0], 1), STREAM_ROWS):
         rows = slice(start, start + STREAM_ROWS)
@@ -219,7 +220,7 @@ def _logit_means(job: Job, head: Head, hidden: Tensor, logit_sums: Tensor | None
 
 
 def _centre_logit(backend: Backend, rows: Tensor, head: Head) -> Tensor:
-    """Mean over V of the uncapped logits of ``rows [k, H]``, ``[k]``, without a logit: ``scale (h . mean(W) + mean(b))``."""
+    """Mean over V of the uncapped logits of ``rows [k, H]`` without a logit: ``scale (h . mean(W) + mean(b))``."""
     mean_bias = 0.0 if head.bias is None else head.bias.to(rows.dtype).mean()
     mean: Tensor = head.logit_scale * (rows @ backend.column_mean(head.weight) + mean_bias)
     return mean
@@ -264,7 +265,8 @@ class OrpoFunction(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             with torch.autocast(grad_loss.device.type, enabled=False):
-                _, grads = run_orpo(ctx.job, *(None if t is None else t.detach() for t in inputs))
+                hidden, weight, bias = inputs
+                _, grads = run_orpo(ctx.job, hidden.detach(), weight.detach(), None if bias is None else bias.detach())
         untouched = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0  # a host read costs nothing here
         out = []
         for grad, like in zip(grads, inputs, strict=True):
@@ -338,7 +340,7 @@ def warn_skipped(scores: Scores) -> None:
     if skipped:
         warnings.warn(
             f"{skipped} of {scores.pairs} pairs have an answer without a token (all labels ignored) and so no odds "
-            "ratio: they leave the odds term, and their chosen tokens still count in the NLL. Truncation that keeps the "
-            "prompt and drops the answer is the usual cause: raise the maximum length or filter such pairs",
+            "ratio: they leave the odds term, and their chosen tokens still count in the NLL. Truncation that keeps "
+            "the prompt and drops the answer is the usual cause: raise the maximum length or filter such pairs",
             stacklevel=4,
         )

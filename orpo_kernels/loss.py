@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,14 @@ from orpo_kernels.engine import (
     LogprobsJob,
     OrpoFunction,
     acc_dtype,
+    grad_dtype,
     warn_skipped,
 )
 from orpo_kernels.objective import OddsRatio
 from orpo_kernels.plan import Needs, Plan, choose
 from orpo_kernels.scores import logprob_scores, orpo_scores
+
+P = ParamSpec("P")
 
 
 class OrpoOutput(NamedTuple):
@@ -122,8 +127,7 @@ def orpo_loss(
 
     Source: Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    job = _prepare(
+    job, hidden, weight, bias = _prepare(
         hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
         ignore_index, cu_seqlens, backend, workspace_bytes,
     )  # fmt: skip
@@ -137,23 +141,18 @@ def orpo_loss(
     )  # fmt: skip
 
 
-def explain(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    nll_labels: Tensor | None = None,
-    bias: Tensor | None = None,
-    beta: float = 0.1,
-    nll_weight: float = 1.0,
-    nll_reduction: str = "token",
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-) -> Plan:
+def _takes_the_arguments_of(function: Callable[P, Any]) -> Callable[[Callable[..., Plan]], Callable[P, Plan]]:
+    """Give a function another's parameters, for people and type checkers, so that they are written once."""
+
+    def decorate(plain: Callable[..., Plan]) -> Callable[P, Plan]:
+        plain.__signature__ = inspect.signature(function).replace(return_annotation=Plan)  # type: ignore[attr-defined]
+        return plain
+
+    return decorate
+
+
+@_takes_the_arguments_of(orpo_loss)
+def explain(*args: Any, **kwargs: Any) -> Plan:
     """The plan ``orpo_loss`` would follow for the same arguments, without computing anything.
 
     ``print(explain(...))`` says which plan, how many products, how many chunks, how many bytes, and why.
@@ -161,11 +160,9 @@ def explain(
     Raises:
         TypeError, ValueError: as ``orpo_loss``.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    return _prepare(
-        hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
-        ignore_index, cu_seqlens, backend, workspace_bytes,
-    ).plan  # fmt: skip
+    call = inspect.signature(orpo_loss).bind(*args, **kwargs)
+    call.apply_defaults()
+    return _prepare(**call.arguments)[0].plan
 
 
 def linear_logprobs(
@@ -324,8 +321,9 @@ def _prepare(
     cu_seqlens: Tensor | None,
     backend: str,
     workspace_bytes: int | None,
-) -> Job:
-    """Everything before the first product: checks, scores, plan."""
+) -> tuple[Job, Tensor, Tensor, Tensor | None]:
+    """Everything before the first product: casts, checks, scores, plan. Returns hidden, weight and bias as cast."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.check_head(hidden, weight, bias, logit_scale, softcap)
     checks.check_scalar("beta", beta)
     checks.check_scalar("nll_weight", nll_weight)
@@ -360,12 +358,12 @@ def _prepare(
         vocab=weight.shape[0],
         features=weight.shape[1],
         kept_itemsize=chosen_backend.kept_itemsize(hidden.dtype),
-        accumulates_in_place=hidden.dtype not in (torch.bfloat16,),
+        accumulates_in_place=grad_dtype(hidden.dtype) == acc_dtype(hidden.dtype),
         workspace_bytes=workspace_bytes,
         positions=flat.numel(),
         backend=chosen_backend.name,
     )
-    return Job(
+    job = Job(
         scores=scores,
         objective=OddsRatio(float(beta)),
         nll_weight=float(nll_weight),
@@ -375,3 +373,4 @@ def _prepare(
         plan=plan,
         backend=chosen_backend,
     )
+    return job, hidden, weight, bias

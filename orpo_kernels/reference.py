@@ -41,8 +41,8 @@ def linear_logprobs(
 ) -> Tensor:
     """``logp_t = z_{t, y_t} - logsumexp_v z_tv`` in the shape of labels, at least float32, 0 where ignored.
 
-    In float64 the same number is formed as ``logsigmoid(z_y - logsumexp_{v != y} z_v)``, which does not cancel as p -> 1:
-    a truth must hold in that regime too. Other dtypes take the log-softmax, as those who are measured do.
+    In float64 the same number is formed as ``logsigmoid(z_y - logsumexp_{v != y} z_v)``, which does not cancel as
+    p -> 1: a truth must hold in that regime too. Other dtypes take the log-softmax, as those who are measured do.
     """
     kept = labels != ignore_index
     places = torch.where(kept, labels, 0)[..., None]

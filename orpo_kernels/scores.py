@@ -85,8 +85,13 @@ def orpo_scores(
     answer_counts, nll_counts = per_sequence(in_answer), per_sequence(in_nll)
     score_counts = per_sequence(first) + per_sequence(separate)
     report = torch.stack(
-        [first.sum(), separate.sum(), nll_counts.sum(), *_label_report(labels, in_answer, vocab)]
-        + [*_label_report(nll_labels, in_nll, vocab)]
+        [
+            first.sum(),
+            separate.sum(),
+            nll_counts.sum(),
+            *_label_report(labels, in_answer),
+            *_label_report(nll_labels, in_nll),
+        ]
     )
     host: list[int] = torch.cat([report, answer_counts, score_counts]).tolist()  # the one host sync of a call
     n_first, n_separate, n_nll, low, high, nll_low, nll_high = host[:7]
@@ -139,13 +144,13 @@ def logprob_scores(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tenso
     """
     flat = labels.reshape(-1)
     kept = flat != ignore_index
-    count, low, high = torch.stack([kept.sum(), *_label_report(flat, kept, vocab)]).tolist()
+    count, low, high = torch.stack([kept.sum(), *_label_report(flat, kept)]).tolist()
     _check_labels("labels", low, high, vocab, ignore_index)
     rows = torch.nonzero_static(kept, size=count).view(-1)
     return rows, flat[rows]
 
 
-def _label_report(labels: Tensor, kept: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+def _label_report(labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest kept label, on the device; 0 and 0 where none is kept."""
     if labels.numel() == 0:
         zero = torch.zeros((), dtype=torch.int64, device=labels.device)

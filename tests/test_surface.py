@@ -39,7 +39,7 @@ def test_module_is_the_function() -> None:
 def test_metrics_are_means_over_pairs_with_an_odds_ratio() -> None:
     case = make(torch.float32, pairs=3)
     case.labels[4] = -100  # the second pair's rejected answer
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="1 of 3 pairs"):
         out = case.ours()
     metrics = out.metrics()
     kept = [0, 2]

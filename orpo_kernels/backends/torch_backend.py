@@ -185,7 +185,7 @@ def _slope(logit: Tensor, head: Head) -> Tensor | float:
 
 
 def _logits(hidden: Tensor, head: Head, rows: slice, bias: Tensor | None) -> Tensor:
-    """Uncapped ``scale * (W_s @ hidden^T + bias + b_s)``, ``[s, n]``; ``bias [n]`` joins in the product's accumulator."""
+    """Uncapped ``scale * (W_s @ hidden^T + bias + b_s)``, ``[s, n]``; ``bias [n]`` is added in the accumulator."""
     tile = F.linear(head.weight[rows].to(hidden.dtype), hidden, bias)
     if head.bias is not None:
         tile += head.bias[rows, None]
@@ -259,7 +259,7 @@ def _stream(
     unit: bool,
     logit_sum: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One pass over the vocabulary: S ``[n]``, ``sum of E_v W_v`` over v != y ``[H, n]``, sums of capped logits ``[n]``."""
+    """One pass over the vocabulary: S ``[n]``, the sum over v != y of ``E_v W_v`` ``[H, n]``, logit sums ``[n]``."""
     n, acc = hidden.shape[0], shift.dtype
     total = torch.zeros(n, dtype=acc, device=hidden.device)
     sums = torch.zeros_like(total) if logit_sum and head.softcap is not None else None

@@ -1,0 +1,147 @@
+"""``python -m benchmarks``: loss, compare, accuracy, record, render."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import accuracy, machine, race, record, render, report
+from benchmarks.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, Batch, Case
+from benchmarks.providers import NAMES, default_names
+from benchmarks.rows import Record, Row, Spec
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    result: int = options.command(options, Console())
+    return result
+
+
+def _loss(options: argparse.Namespace, console: Console) -> int:
+    """The race."""
+    device = torch.device(options.device)
+    cases = options.cases or _fitting(CASES, device)
+    batches = options.batches or [name for name in _fitting(BATCHES, device) if not name.startswith("length-")]
+    wanted = race.specs(
+        cases, batches, options.states, options.head, options.dtype, options.phase,
+        options.providers or default_names(device, torch.bfloat16),
+        device=options.device, repeats=options.repeats, seconds=options.seconds,
+    )  # fmt: skip
+    kept = Record(machine.device_name(device), machine.today(), machine.commit())
+
+    def keep(rows: list[Row]) -> None:
+        kept.rows = rows
+        if options.json:
+            kept.save(options.json)
+
+    rows = race.run(wanted, keep)
+    report.print_rows(rows, console)
+    if options.plot:
+        from benchmarks.plot import plot
+
+        plot(rows, options.plot)
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _compare(options: argparse.Namespace, console: Console) -> int:
+    report.compare(Record.load(options.before).rows, Record.load(options.after).rows, console)
+    return 0
+
+
+def _accuracy(options: argparse.Namespace, console: Console) -> int:
+    rows = accuracy.run(options.device)
+    report.print_accuracy(rows, console)
+    if options.json:
+        device = torch.device(options.device)
+        Record(machine.device_name(device), machine.today(), machine.commit(), accuracy=rows).save(options.json)
+    return 0 if all(row.holds for row in rows) else 1
+
+
+def _record(options: argparse.Namespace, console: Console) -> int:
+    device = torch.device(options.device)
+    known = [*record.sections(device), record.ACCURACY]
+    unknown = [name for name in options.only or [] if name not in known]
+    if unknown:
+        console.print(f"no section {', '.join(unknown)}; there are {', '.join(known)}")
+        return 2
+    path = options.json or record.path_of(device)
+    kept = record.record(device, options.only or known, path)
+    report.print_rows(kept.rows, console)
+    report.print_accuracy(kept.accuracy, console)
+    console.print(f"written to {path}; `python -m benchmarks render` puts it into the documents")
+    return 1 if any(row.status == "failed" for row in kept.rows) else 0
+
+
+def _render(options: argparse.Namespace, console: Console) -> int:
+    if options.check:
+        problems = render.stale()
+        for problem in problems:
+            console.print(f"{problem}: run `python -m benchmarks render`")
+        return 1 if problems else 0
+    for path in render.render():
+        console.print(f"wrote {path.relative_to(machine.ROOT)}")
+    return 0
+
+
+def _fitting(known: dict[str, Case] | dict[str, Batch], device: torch.device) -> list[str]:
+    return [name for name, entry in known.items() if entry.cpu == (device.type == "cpu")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Time, memory and accuracy of the ORPO loss.")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    def several(to: argparse.ArgumentParser, flag: str, known: Sequence[str], default: list[str] | None) -> None:
+        shown = "what suits the device" if default is None else " ".join(default)
+        to.add_argument(
+            flag, nargs="+", choices=list(known), metavar="NAME", default=default,
+            help=f"of {', '.join(known)} (default: {shown})",
+        )  # fmt: skip
+
+    def on_device(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+    loss = command("loss", _loss, "race the providers on cases of your choice")
+    several(loss, "--cases", list(CASES), None)
+    several(loss, "--batches", list(BATCHES), None)
+    several(loss, "--providers", NAMES, None)
+    several(loss, "--states", list(STATES), ["trained-like"])
+    several(loss, "--head", HEADS, ["trainable"])
+    several(loss, "--dtype", DTYPES, ["bfloat16"])
+    several(loss, "--phase", PHASES, ["full"])
+    on_device(loss)
+    loss.add_argument("--repeats", type=int, default=Spec.repeats, help="timed calls of each provider at most")
+    loss.add_argument("--seconds", type=float, default=Spec.seconds, help="no new timed call after this long")
+    loss.add_argument("--json", type=Path, help="write the rows to this file")
+    loss.add_argument("--plot", type=Path, help="draw them into this PNG")
+
+    compare = command("compare", _compare, "two records side by side, as ratios")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+
+    errors = command("accuracy", _accuracy, "errors against float64 from hopeless to certain predictions")
+    on_device(errors)
+    errors.add_argument("--json", type=Path, help="write the rows to this file")
+
+    recording = command("record", _record, "record this machine under benchmarks/results/")
+    recording.add_argument("--only", nargs="+", metavar="SECTION", help="sections to measure (again)")
+    recording.add_argument("--json", type=Path, help="another file than the machine's own")
+    on_device(recording)
+
+    rendering = command("render", _render, "write the newest records into README.md and docs/")
+    rendering.add_argument("--check", action="store_true", help="only say whether they differ")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Figures in the documents come from records, by this, and from nowhere else.
+
+A document holds ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``; what is between them is written here. NAME
+is ``cpu-`` or ``gpu-`` and a table's name: the newest record of that class of machine fills it. ``TABLES`` has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import record, report
+from benchmarks.machine import ROOT
+from benchmarks.providers import FLOOR
+from benchmarks.report import number
+from benchmarks.rows import Record, Row
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PICTURES = ROOT / "docs" / "images"
+MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
+
+
+def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> list[Path]:
+    """Write what differs; returns what was written."""
+    written = []
+    records = record.newest()
+    for path in documents:
+        if path.exists() and (text := filled(path.read_text(), records)) != path.read_text():
+            path.write_text(text)
+            written.append(path)
+    for machine_class, (source, found) in records.items():
+        picture = pictures / f"{machine_class}.png"
+        if found.rows and _source_in(picture) != _digest(source):
+            from benchmarks.plot import plot
+
+            plot(_pictured(found.rows), picture, _digest(source))
+            written.append(picture)
+    return written
+
+
+def stale(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> list[str]:
+    """What ``render`` would change, in words. A picture is judged by the record it names, not by its pixels."""
+    records = record.newest()
+    found = [
+        f"{path.name} differs from the newest record"
+        for path in documents
+        if path.exists() and filled(path.read_text(), records) != path.read_text()
+    ]
+    for machine_class, (source, kept) in records.items():
+        picture = pictures / f"{machine_class}.png"
+        if kept.rows and _source_in(picture) != _digest(source):
+            found.append(f"{picture.name} is not drawn from {source.name}")
+    return found
+
+
+def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
+    """The document with every marked place written anew.
+
+    Raises:
+        ValueError: a marker names no table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        machine_class, _, name = match[2].partition("-")
+        if machine_class not in HEADLINES or name not in TABLES:
+            names = [f"{kind}-{known}" for kind in HEADLINES for known in TABLES]
+            raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(names)}")
+        if machine_class not in records:
+            return f"{match[1]}_No record of such a machine yet._\n{match[3]}"
+        return f"{match[1]}{TABLES[name](machine_class, records[machine_class][1])}\n{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def _headline(machine_class: str, found: Record) -> str:
+    """The claim: one case, every provider, fastest first."""
+    members = [row for row in found.rows if _is_headline(machine_class, row)]
+    ours = next((row for row in members if row.provider == "ours" and row.median_ms), None)
+
+    def times_ours(row: Row) -> str:
+        return (
+            "-" if ours is None or not row.median_ms or not ours.median_ms else f"{row.median_ms / ours.median_ms:.2f}"
+        )
+
+    rows = [
+        (
+            row.provider,
+            number(row.median_ms),
+            times_ours(row),
+            number(row.ratio, ".2f"),
+            number(row.peak_mib),
+            number(row.peak_rss_mib),
+            number(row.err_weight, ".1e"),
+            "" if row.status == "ok" else f"{row.status}: {row.reason}",
+        )
+        for row in report.in_order(members)
+    ]
+    header = ("provider", "ms", "time / ours", "time / floor", "peak MiB", "process MiB", "gradient error", "")
+    return _where(found) + _markdown(header, rows)
+
+
+def _race(_: str, found: Record) -> str:
+    """Every row of the record."""
+    parts = [_where(found)]
+    for group, members in report.groups(found.rows):
+        parts.append(f"**{report.title(group)}**\n\n" + _markdown(report.HEADER, map(report.cells, members)) + "\n")
+    return "\n".join(parts).rstrip()
+
+
+def _beaten(_: str, found: Record) -> str:
+    """Where somebody else is faster or leaner than ours, by how much."""
+    rows = []
+    for mine, other, what in report.losses_to_others(found.rows):
+        if what == "time":
+            by = f"{number(other.median_ms)} ms against {number(mine.median_ms)} ms"
+        else:
+            by = f"{number(other.peak_mib)} MiB against {number(mine.peak_mib)} MiB"
+        rows.append((report.title(mine.group), other.provider, what, by))
+    if not rows:
+        return _where(found) + "No provider is faster or leaner than `ours` on any row of this record."
+    return _where(found) + _markdown(("measurement", "provider", "better in", "by"), rows)
+
+
+def _accuracy(_: str, found: Record) -> str:
+    rows = [
+        (
+            row.dtype, f"{row.mean_logp:.2g}", row.quantity, f"{row.naive:.1e}", f"{row.ours:.1e}",
+            f"{row.allowed:.1e}" + ("" if row.holds else " (exceeded)"),
+        )
+        for row in found.accuracy
+    ]  # fmt: skip
+    return _where(found) + _markdown(("dtype", "mean logp", "quantity", "naive", "ours", "allowed"), rows)
+
+
+class Target(NamedTuple):
+    """A claim about ``ours`` in one group against one other row of it."""
+
+    claim: str
+    group: tuple[str, ...]
+    other: str
+    value: Callable[[Row], float | None]
+    least: float  # other's value over ours
+
+
+def _time(row: Row) -> float | None:
+    return row.median_ms
+
+
+def _resident(row: Row) -> float | None:
+    return row.peak_rss_mib
+
+
+_LARGE = ("qwen2.5-0.5b-cpu", "ragged-cpu", "trained-like", "trainable", "bfloat16", "full")
+_LARGE_FLOAT32 = ("qwen2.5-0.5b-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full")
+_SMALL_FLOAT32 = ("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full")
+CPU_TARGETS = (
+    Target("floor / time, bfloat16, V 128256", _LARGE, FLOOR, _time, 1 / 1.25),
+    Target("faster than Liger uncompiled, bfloat16, V 128256", _LARGE, "liger_eager", _time, 5),
+    Target("faster than naive, bfloat16, V 128256", _LARGE, "naive", _time, 3.5),
+    Target("less memory of the process than naive, bfloat16, V 128256", _LARGE, "naive", _resident, 3),
+    Target("faster than naive, float32, V 128256", _LARGE_FLOAT32, "naive", _time, 1.5),
+    Target("faster than naive, float32, V 32000", _SMALL_FLOAT32, "naive", _time, 1),
+)
+
+
+def _targets(machine_class: str, found: Record) -> str:
+    """What was promised beside what was measured, as factors: larger is better."""
+    rows = []
+    for target in CPU_TARGETS if machine_class == "cpu" else ():
+        members = {row.provider: row for row in found.rows if row.group == target.group}
+        ours, other = members.get("ours"), members.get(target.other)
+        mine, theirs = (None if row is None else target.value(row) for row in (ours, other))
+        if target.other == FLOOR and ours is not None:
+            theirs = ours.floor_ms  # timed in turn with ours, not minutes apart
+        factor = theirs / mine if mine and theirs else None
+        verdict = "not measured" if factor is None else "yes" if factor >= target.least else "no"
+        rows.append((target.claim, f"{target.least:.2g}", number(factor, ".2f"), verdict))
+    return _where(found) + _markdown(("claim", "at least", "measured", "holds"), rows)
+
+
+TABLES: dict[str, Callable[[str, Record], str]] = {
+    "headline": _headline,
+    "targets": _targets,
+    "race": _race,
+    "beaten": _beaten,
+    "accuracy": _accuracy,
+}
+
+
+def _where(found: Record) -> str:
+    versions = {(row.torch, row.triton) for row in found.rows}
+    torch, triton = max(versions) if versions else ("", "")
+    return f"Recorded on {found.date} on {found.machine}, torch {torch}, triton {triton}, commit {found.commit}.\n\n"
+
+
+def _is_headline(machine_class: str, row: Row) -> bool:
+    case, batch = HEADLINES[machine_class]
+    return (row.case, row.batch, row.dtype, row.head, row.phase, row.states) == (
+        case, batch, "bfloat16", "trainable", "full", "trained-like",
+    )  # fmt: skip
+
+
+def _pictured(rows: Sequence[Row]) -> list[Row]:
+    """The headline and the growth with length; every other group would be a picture of the same shape."""
+    chosen = [
+        row for row in rows if any(_is_headline(kind, row) for kind in HEADLINES) or row.batch.startswith("length-")
+    ]
+    return chosen if any(row.median_ms and row.provider != FLOOR for row in chosen) else list(rows)
+
+
+def _digest(source: Path) -> str:
+    return f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+
+
+def _source_in(picture: Path) -> str | None:
+    """The "Source" text of a PNG, read from its chunks: length, type, data, checksum."""
+    if not picture.exists():
+        return None
+    data, at = picture.read_bytes(), 8
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        if kind == b"tEXt" and body.startswith(b"Source\0"):
+            return body.split(b"\0", 1)[1].decode("latin-1")
+        at += size + 12
+    return None

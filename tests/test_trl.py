@@ -1,0 +1,286 @@
+"""Real TRL trainers on tiny random models: the patch changes no loss, no gradient and no metric."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from orpo_kernels.integrations import patch_trl, patched_trl, unpatch_trl
+from orpo_kernels.integrations.trl import ORPOTrainer, is_patched
+from tests.stock_script import pairs, tokenizer
+
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+
+ORPOConfig = importlib.import_module("trl.experimental.orpo").ORPOConfig
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    # Large weights, so that a softcap or a scale that is read wrongly shows.
+    "initializer_range": 0.3,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "qwen2 tied": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "gemma2 softcap": lambda: transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0),
+    "granite divides": lambda: transformers.GraniteConfig(**SHAPE, logits_scaling=3.0),
+    "cohere multiplies": lambda: transformers.CohereConfig(**SHAPE, logit_scale=0.3),
+    "phi bias": lambda: transformers.PhiConfig(**SHAPE),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    "mixtral router": lambda: transformers.MixtralConfig(
+        **SHAPE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.05
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Any:
+    """Trainers seed themselves, and poisoned memory is none of their business."""
+    torch.use_deterministic_algorithms(False)
+    assert not is_patched()
+    yield
+    unpatch_trl()
+
+
+def model(config: PretrainedConfig) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def trainer(of: Any, folder: Path, cls: Any = None, data: Any = None, peft_config: Any = None, **options: Any) -> Any:
+    # Plain SGD: Adam turns the rounding of gradients that ought to be zero (a key's bias) into steps of full size.
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "logging_steps": 1, "learning_rate": 0.1, "optim": "sgd", "bf16": False, "use_cpu": True,
+        "report_to": [], "max_length": 32,
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "disable_tqdm": True, "beta": 0.5,
+        "gradient_checkpointing": False, **options,
+    }  # fmt: skip
+    return (cls or ORPOTrainer)(
+        model=of,
+        args=ORPOConfig(**settings),
+        processing_class=tokenizer(),
+        train_dataset=data or pairs(16),
+        eval_dataset=pairs(5, seed=1),
+        peft_config=peft_config,
+    )
+
+
+def train(of: Any, folder: Path, patched: bool, **options: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Logged metrics without timings, and the trained parameters."""
+    if patched:
+        patch_trl()
+    try:
+        run = trainer(of, folder, **options)
+        run.train()
+    finally:
+        unpatch_trl()
+    timings = ("runtime", "per_second", "flos")
+    logs = [
+        {name: value for name, value in entry.items() if not any(word in name for word in timings)}
+        for entry in run.state.log_history
+    ]
+    return logs, dict(run.model.named_parameters())
+
+
+def assert_same(config: PretrainedConfig, folder: Path, rtol: float = 1e-4, atol: float = 1e-5, **options: Any) -> None:
+    stock, weights = train(model(config), folder, False, **options)
+    ours, our_weights = train(model(config), folder, True, **options)
+    assert len(stock) == len(ours) > 3
+    assert any("eval_log_odds_ratio" in entry for entry in ours)
+    for theirs, mine in zip(stock, ours, strict=True):
+        assert list(theirs) == list(mine)
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=rtol, abs=atol), name
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            our_weights[name], weight, rtol=10 * rtol, atol=10 * atol, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_changes(name: str, tmp_path: Path) -> None:
+    assert_same(CONFIGS[name](), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2 softcap"])
+def test_nothing_changes_in_mixed_precision(name: str, tmp_path: Path) -> None:
+    """TRL's default is bfloat16 autocast, where both round; the bound is what bfloat16 logits of this size do."""
+    assert_same(CONFIGS[name](), tmp_path, rtol=2e-2, atol=2e-2, bf16=True)
+
+
+def test_nothing_changes_with_checkpointing(tmp_path: Path) -> None:
+    assert_same(CONFIGS["llama"](), tmp_path, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("kept", [None, ["lm_head"]])
+def test_nothing_changes_under_lora(kept: list[str] | None, tmp_path: Path) -> None:
+    """A frozen head, and peft's trained copy of one."""
+    assert_same(
+        CONFIGS["llama"](), tmp_path,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=kept),
+    )  # fmt: skip
+
+
+class OwnMetrics(ORPOTrainer):  # type: ignore[misc]
+    """A subclass with its own loss over the log-probabilities, as Axolotl's has."""
+
+    def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: str = "train") -> Any:
+        chosen, rejected, *_, nll = self.concatenated_forward(model, batch)
+        losses, *_ = self.odds_ratio_loss(chosen, rejected)
+        loss = 2 * nll - losses.mean()
+        prefix = "eval_" if train_eval == "eval" else ""
+        return loss, {f"{prefix}mine": chosen.mean().item(), f"{prefix}log_odds_ratio": losses.mean().item()}
+
+
+class OwnOdds(ORPOTrainer):  # type: ignore[misc]
+    """A subclass with another penalty."""
+
+    def odds_ratio_loss(self, chosen: Any, rejected: Any) -> Any:
+        losses, *rest = super().odds_ratio_loss(chosen, rejected)
+        return 3 * losses, *rest
+
+
+@pytest.mark.parametrize("cls", [OwnMetrics, OwnOdds])
+def test_subclasses_keep_what_they_override(cls: Any, tmp_path: Path) -> None:
+    assert_same(CONFIGS["llama"](), tmp_path, cls=cls)
+
+
+def test_subclasses_are_patched(tmp_path: Path) -> None:
+    class Plain(ORPOTrainer):  # type: ignore[misc]
+        pass
+
+    with patched_trl():
+        assert Plain.get_batch_loss_metrics.__module__ == "orpo_kernels.integrations.trl"
+        assert_no_logits(trainer(model(CONFIGS["llama"]()), tmp_path, cls=Plain))
+
+
+def assert_no_logits(run: Any) -> None:
+    """One step in which the head module itself multiplies nothing but the few rows of the check."""
+    rows: list[int] = []
+    own = torch.nn.Linear.forward
+
+    def counting(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if self.weight.shape[0] == 97:
+            rows.append(hidden[..., 0].numel())
+        return own(self, hidden)
+
+    torch.nn.Linear.forward = counting  # type: ignore[method-assign]
+    try:
+        run.train()
+    finally:
+        torch.nn.Linear.forward = own  # type: ignore[method-assign]
+    assert sum(rows) <= 8
+
+
+def test_patching_is_idempotent_and_reversible(tmp_path: Path) -> None:
+    stock = {name: ORPOTrainer.__dict__[name] for name in ("get_batch_loss_metrics", "concatenated_forward")}
+    existing = trainer(model(CONFIGS["llama"]()), tmp_path)
+    patch_trl()
+    patch_trl()
+    with patched_trl():
+        assert is_patched()
+    assert is_patched()  # it was before the block
+    assert_no_logits(existing)  # a trainer built before the patch
+    unpatch_trl()
+    unpatch_trl()
+    assert {name: ORPOTrainer.__dict__[name] for name in stock} == stock
+    with pytest.raises(KeyError), patched_trl():
+        raise KeyError
+    assert not is_patched()
+
+
+def test_an_answer_truncated_to_nothing_does_not_kill_the_run(tmp_path: Path) -> None:
+    """Stock TRL divides by zero here: a NaN gradient in step 1 and NaN weights from then on."""
+    words = " ".join(f"w{index}" for index in range(40))
+    broken = datasets.Dataset.from_list([{"prompt": words, "chosen": " w1 w2", "rejected": " w3"}])
+    data = datasets.concatenate_datasets([broken, pairs(15)])
+    _, ruined = train(model(CONFIGS["llama"]()), tmp_path, False, data=data)
+    assert not all(torch.isfinite(weight).all() for weight in ruined.values())
+    with pytest.warns(UserWarning, match="have an answer without a token"):
+        logs, weights = train(model(CONFIGS["llama"]()), tmp_path, True, data=data)
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert all(value == value for entry in logs for value in entry.values())
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "orpo_kernels" in record.getMessage()]
+
+
+@pytest.fixture
+def trl_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """TRL logs through accelerate's adapter, which lets the main process speak."""
+    logger = logging.getLogger("trl.experimental.orpo.orpo_trainer")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("trl"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, trl_log: pytest.LogCaptureFixture) -> None:
+    assert_same(CONFIGS["llama"](), tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    (message,) = warned(trl_log)
+    assert "does not fuse the loss of this ORPOTrainer: its head is a peft." in message
+    assert "not a plain nn.Linear" in message
+
+
+def test_encoder_decoder_keeps_trls_path(tmp_path: Path, trl_log: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    patch_trl()
+    trainer(transformers.T5ForConditionalGeneration(config), tmp_path, max_completion_length=16).train()
+    (message,) = warned(trl_log)
+    assert "does not fuse the loss of this ORPOTrainer: encoder-decoder models are not supported" in message
+
+
+class Odd(transformers.LlamaForCausalLM):
+    """A model whose logits the tables cannot know."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output["logits"] = output["logits"] * 1.5
+        return output
+
+
+class Headless(transformers.LlamaForCausalLM):
+    """A model that does not call its output embeddings."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.model(*args, **kwargs)[0]
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=hidden @ self.lm_head.weight.T)
+
+
+def test_a_model_that_does_something_else_is_refused(tmp_path: Path) -> None:
+    patch_trl()
+    with pytest.raises(
+        RuntimeError, match=r"does not reproduce the logits of Odd: for 8 tokens .* are \[-.* and ours \[-"
+    ):
+        trainer(Odd(CONFIGS["llama"]()), tmp_path).train()
+    with pytest.raises(RuntimeError, match="Headless called its head 0 times in one forward, expected once"):
+        trainer(Headless(CONFIGS["llama"]()), tmp_path).train()
+
+
+def test_a_wrong_table_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is what stands between a new model type and a silently wrong loss."""
+    from orpo_kernels.integrations import heads
+
+    monkeypatch.setattr(heads, "SOFTCAPS", {})
+    monkeypatch.setattr(heads, "DIVISORS", {})
+    patch_trl()
+    for name in ("gemma2 softcap", "granite divides"):
+        with pytest.raises(RuntimeError, match="does not reproduce the logits"):
+            trainer(model(CONFIGS[name]()), tmp_path).train()
