@@ -138,7 +138,7 @@ STATES: dict[str, States] = {
 # The table of the numerics: a mean log-probability from hopeless to certain.
 REGIMES: tuple[States, ...] = (
     States("-11", noise=1.1, margin=None),
-    States("-33", noise=7.3, margin=None),
+    States("-33", noise=7.7, margin=None),
     States("-0.4", noise=2.0, margin=0.71),
     States("-2e-7", noise=2.0, margin=15.4),
     States("-4e-16", noise=2.0, margin=35.5),

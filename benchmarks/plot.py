@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.cases import BATCHES
 from benchmarks.providers import FLOOR, NAMES
@@ -79,20 +80,25 @@ def _series(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], Series]]:
 
 def _lines(left: Any, right: Any, group: Sequence[str], series: Series) -> None:
     case, states, head, dtype, phase = group
+    lengths = sorted({BATCHES[row.batch].positions for rows in series.values() for row in rows})
     for provider, rows in series.items():
-        lengths = [BATCHES[row.batch].positions for row in rows]
+        places = [BATCHES[row.batch].positions for row in rows]
         style = (
             {"color": "black", "linestyle": ":"} if provider == FLOOR else {"color": colour(provider), "marker": "."}
         )
-        left.plot(lengths, [row.median_ms or 0.0 for row in rows], label=provider, **style)
+        left.plot(places, [row.median_ms or 0.0 for row in rows], label=provider, **style)
         if provider != FLOOR:
-            right.plot(lengths, [row.peak_mib or 0.0 for row in rows], label=provider, **style)
+            right.plot(places, [max(row.peak_mib or 0.0, 1.0) for row in rows], label=provider, **style)
     left.set_title(f"{case}, one pair, {dtype}, {head} head, {phase}, {states}", fontsize=9, loc="left")
     left.set_ylabel("ms", fontsize=8)
     right.set_ylabel("peak MiB beyond inputs and gradients", fontsize=8)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("symlog" if axis is right else "log")
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("tokens a side", fontsize=8)
         axis.tick_params(labelsize=8)
     left.legend(fontsize=7)

@@ -1,7 +1,8 @@
 """Figures in the documents come from records, by this, and from nowhere else.
 
 A document holds ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``; what is between them is written here. NAME
-is ``cpu-`` or ``gpu-`` and a table's name: the newest record of that class of machine fills it. ``TABLES`` has them.
+is a table's, see ``TABLES``, with ``cpu-`` (as without) or ``gpu-`` before it: the newest record of that class of
+machine fills it. Without such a record it stays as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import record, report
+from benchmarks import accuracy, record, report
 from benchmarks.machine import ROOT
 from benchmarks.providers import FLOOR
 from benchmarks.report import number
@@ -66,12 +67,12 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        machine_class, _, name = match[2].partition("-")
-        if machine_class not in HEADLINES or name not in TABLES:
-            names = [f"{kind}-{known}" for kind in HEADLINES for known in TABLES]
-            raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(names)}")
+        full = match[2] if match[2].startswith(tuple(f"{kind}-" for kind in HEADLINES)) else f"cpu-{match[2]}"
+        machine_class, _, name = full.partition("-")
+        if name not in TABLES:
+            raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
         if machine_class not in records:
-            return f"{match[1]}_No record of such a machine yet._\n{match[3]}"
+            return match[0]
         return f"{match[1]}{TABLES[name](machine_class, records[machine_class][1])}\n{match[3]}"
 
     return MARKED.sub(table, text)
@@ -82,36 +83,42 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
+HEADLINE = ("provider", "ms", "time / ours", "time / floor", "peak MiB", "process MiB", "gradient error", "")
+
+
 def _headline(machine_class: str, found: Record) -> str:
     """The claim: one case, every provider, fastest first."""
-    members = [row for row in found.rows if _is_headline(machine_class, row)]
-    ours = next((row for row in members if row.provider == "ours" and row.median_ms), None)
+    return _where(found) + _markdown(HEADLINE, _headline_rows(machine_class, found))
 
-    def times_ours(row: Row) -> str:
-        return (
-            "-" if ours is None or not row.median_ms or not ours.median_ms else f"{row.median_ms / ours.median_ms:.2f}"
-        )
 
-    rows = [
+def _readme(machine_class: str, found: Record) -> str:
+    """The headline without the columns that need explaining. Nobody is left out."""
+    shown = (0, 1, 2, 3, 4, 7)
+    rows = [[row[column] for column in shown] for row in _headline_rows(machine_class, found)]
+    return _where(found) + _markdown([HEADLINE[column] for column in shown], rows)
+
+
+def _headline_rows(machine_class: str, found: Record) -> list[tuple[str, ...]]:
+    members = report.in_order(row for row in found.rows if _is_headline(machine_class, row))
+    ours = next((row.median_ms for row in members if row.provider == "ours"), None)
+    return [
         (
             row.provider,
             number(row.median_ms),
-            times_ours(row),
+            number(row.median_ms / ours if row.median_ms and ours else None, ".2f"),
             number(row.ratio, ".2f"),
             number(row.peak_mib),
             number(row.peak_rss_mib),
             number(row.err_weight, ".1e"),
             "" if row.status == "ok" else f"{row.status}: {row.reason}",
         )
-        for row in report.in_order(members)
+        for row in members
     ]
-    header = ("provider", "ms", "time / ours", "time / floor", "peak MiB", "process MiB", "gradient error", "")
-    return _where(found) + _markdown(header, rows)
 
 
 def _race(_: str, found: Record) -> str:
     """Every row of the record."""
-    parts = [_where(found)]
+    parts = [_where(found).rstrip("\n") + "\n"]
     for group, members in report.groups(found.rows):
         parts.append(f"**{report.title(group)}**\n\n" + _markdown(report.HEADER, map(report.cells, members)) + "\n")
     return "\n".join(parts).rstrip()
@@ -132,14 +139,18 @@ def _beaten(_: str, found: Record) -> str:
 
 
 def _accuracy(_: str, found: Record) -> str:
-    rows = [
-        (
-            row.dtype, f"{row.mean_logp:.2g}", row.quantity, f"{row.naive:.1e}", f"{row.ours:.1e}",
-            f"{row.allowed:.1e}" + ("" if row.holds else " (exceeded)"),
-        )
-        for row in found.accuracy
-    ]  # fmt: skip
-    return _where(found) + _markdown(("dtype", "mean logp", "quantity", "naive", "ours", "allowed"), rows)
+    """One line a regime: naive and ours of each quantity; what exceeds its bound says so."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in found.accuracy:
+        line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
+        line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
+    header = ["dtype", "mean logp"]
+    header += [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
+    return _where(found) + _markdown(header, lines.values())
+
+
+def _picture(machine_class: str, _: Record) -> str:
+    return f"![Time over the floor and peak memory by provider, and both as sequences grow](images/{machine_class}.png)"
 
 
 class Target(NamedTuple):
@@ -189,8 +200,10 @@ def _targets(machine_class: str, found: Record) -> str:
 
 
 TABLES: dict[str, Callable[[str, Record], str]] = {
+    "readme": _readme,
     "headline": _headline,
     "targets": _targets,
+    "picture": _picture,
     "race": _race,
     "beaten": _beaten,
     "accuracy": _accuracy,
@@ -198,9 +211,8 @@ TABLES: dict[str, Callable[[str, Record], str]] = {
 
 
 def _where(found: Record) -> str:
-    versions = {(row.torch, row.triton) for row in found.rows}
-    torch, triton = max(versions) if versions else ("", "")
-    return f"Recorded on {found.date} on {found.machine}, torch {torch}, triton {triton}, commit {found.commit}.\n\n"
+    versions = sorted({row.torch for row in found.rows})
+    return f"Recorded on {found.date} on {found.machine}, torch {', '.join(versions)}, commit {found.commit}.\n\n"
 
 
 def _is_headline(machine_class: str, row: Row) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.providers import FLOOR, NAMES
 from benchmarks.rows import AccuracyRow, Row
 
-# Below these a difference is noise of the machine, not a property of a provider.
+# Below these a difference is noise of the machine, not a property of a provider. docs/performance.md names them.
 NOISE_TIME = 1.03
 NOISE_MIB = 8.0
 
@@ -34,7 +35,7 @@ def groups(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
     return [(group, list(members)) for group, members in groupby(in_order(rows), key=lambda row: row.group)]
 
 
-HEADER = ("provider", "ms", "p20-p80", "x floor", "peak MiB", "process MiB", "err hidden", "err weight", "note")
+HEADER = ("provider", "ms", "p20-p80", "x floor", "peak MiB", "process MiB", "err dH", "err dW", "note")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -60,15 +61,23 @@ def title(group: Sequence[str]) -> str:
 
 
 def print_rows(rows: Iterable[Row], console: Console) -> None:
+    """A table for each group; what has no figures follows it, with the reason in full."""
     for group, members in groups(rows):
-        table = Table(*HEADER, title=title(group), title_justify="left", highlight=True)
+        console.print(f"\n[bold]{title(group)}[/bold]", highlight=False)
+        table = Table(box=SIMPLE, pad_edge=False, highlight=True)
+        for name in HEADER[:-1]:
+            table.add_column(name, no_wrap=True, justify="left" if name == "provider" else "right")
         for row in members:
-            table.add_row(*cells(row))
+            if row.median_ms is not None:
+                table.add_row(*cells(row)[:-1])
         console.print(table)
+        for row in members:
+            if row.status != "ok":
+                console.print(f"{row.provider}: {row.status}: {row.reason}", highlight=False)
 
 
 def print_accuracy(rows: Iterable[AccuracyRow], console: Console) -> None:
-    table = Table("dtype", "mean logp", "quantity", "naive", "ours", "allowed", "", highlight=True)
+    table = Table("dtype", "mean logp", "quantity", "naive", "ours", "allowed", "", box=SIMPLE, highlight=True)
     for row in rows:
         verdict = "" if row.holds else "ABOVE"
         table.add_row(
@@ -82,7 +91,7 @@ def compare(before: Iterable[Row], after: Iterable[Row], console: Console) -> No
     """What a change did: each row of both records, as ratios after / before. Rows of one record alone are counted."""
     old = {(*row.group, row.provider): row for row in before}
     new = {(*row.group, row.provider): row for row in after}
-    table = Table("measurement", "provider", "ms", "ratio", "x floor", "peak MiB", "ratio", "status", highlight=True)
+    table = Table("measurement", "provider", "ms", "ratio", "x floor", "peak MiB", "ratio", "status", box=SIMPLE)
     for key in sorted(old.keys() & new.keys()):
         a, b = old[key], new[key]
         table.add_row(

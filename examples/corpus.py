@@ -11,8 +11,8 @@ import re
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
-
 from pydoc_data.topics import topics
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,37 +25,27 @@ ANSWER_WORDS = 48
 
 
 def preference_pairs(seed: int = 0) -> list[Pair]:
-    """Pairs from passages of the documentation: a passage's opening, its true continuation, another topic's text.
+    """Pairs from passages of the documentation: a passage's opening, its true continuation, the same words shuffled.
 
-    Half of the topics give prompts and chosen answers, the other half gives only rejected ones. Were every text chosen
-    in one pair and rejected in the next, the two terms of the loss would pull at the same tokens, and only a model
-    large enough to read the prompt could tell the sides apart. Topics quote each other at length ("compound" holds all
-    of "while"), so a rejected text leaves out the paragraphs that the chosen half has too.
+    The two answers of a pair hold the same words, so what tells them apart is order alone, and a small model begins to
+    learn order within a hundred steps. Shuffled sentences, or another topic's text, differ by what only a model that
+    reads further can see.
 
     Args:
-        seed: Decides the halves, the partners and the order of the pairs.
+        seed: Decides the shuffled answers and the order of the pairs.
 
     Returns:
-        Some hundreds of pairs, shuffled.
+        Some hundreds of pairs.
     """
     rng = random.Random(seed)
-    names = sorted(topics)
-    rng.shuffle(names)
-    right = [topics[name] for name in names[0::2]]
-    shared = {paragraph for text in right for paragraph in text.split("\n\n")}
-    wrong = ["\n\n".join(p for p in topics[name].split("\n\n") if p not in shared) for name in names[1::2]]
-
-    passages = [passage for text in right for passage in _passages(text)]
-    strangers = [passage for text in wrong for passage in _passages(text)]
+    passages = [passage for name in sorted(topics) for passage in _passages(topics[name])]
     rng.shuffle(passages)
-    return [
-        {
-            "prompt": "".join(words[:PROMPT_WORDS]),
-            "chosen": "".join(words[PROMPT_WORDS:]),
-            "rejected": "".join(rng.choice(strangers)[PROMPT_WORDS:]),
-        }
-        for words in passages
-    ]
+    pairs = []
+    for words in passages:
+        prompt, answer = words[:PROMPT_WORDS], words[PROMPT_WORDS:]
+        corrupted = rng.sample(answer, len(answer))
+        pairs.append({"prompt": "".join(prompt), "chosen": "".join(answer), "rejected": "".join(corrupted)})
+    return pairs
 
 
 def load_pairs(path: Path) -> list[Pair]:
@@ -65,7 +55,7 @@ def load_pairs(path: Path) -> list[Pair]:
         ValueError: A line is no such object, a field is empty, or the file has no line; the message names the line.
     """
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    TrainerCallback,
 )
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -42,10 +41,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="JSONL file of prompt, chosen, rejected (default: Python's own docs)")
     parser.add_argument("--model", help="path or name of a causal language model (default: a small Llama, untrained)")
     parser.add_argument("--hidden-size", type=int, default=256, help="width of the small Llama, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=4, help="depth of the small Llama")
+    parser.add_argument("--layers", type=int, default=2, help="depth of the small Llama")
     parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--beta", type=float, default=0.1, help="weight of the odds-ratio term; 0: plain fine-tuning")
-    parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the small Llama, 8e-6 for a named model")
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-3 for the small Llama, 8e-6 for a named model")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of prompt and answer together")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo-output/run"), help="folder for history.json")
     options = parser.parse_args(arguments)
     if options.learning_rate is None:
-        options.learning_rate = 3e-3 if options.model is None else 8e-6
+        options.learning_rate = 2e-3 if options.model is None else 8e-6
     if options.max_steps < 1:
         parser.error(f"--max-steps must be at least 1, got {options.max_steps}")
     if options.hidden_size < 64 or options.hidden_size % 64:

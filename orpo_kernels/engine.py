@@ -272,7 +272,7 @@ class OrpoFunction(torch.autograd.Function):
         for grad, like in zip(grads, inputs, strict=True):
             if grad is not None and not untouched:
                 grad.mul_(grad_loss)
-            out.append(None if grad is None else grad.to(like.dtype))
+            out.append(_like(grad, like))
         return *out, None
 
 
@@ -289,6 +289,43 @@ class LogprobsJob:
     backend: Backend
 
 
+def run_logprobs(job: LogprobsJob, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Forward]:
+    """Log-probabilities ``[positions]`` from ``hidden [positions, H]``, and what their backward needs."""
+    head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = _stream(
+            job.backend, hidden.detach()[job.rows], job.targets, head, unit=job.needs.hidden, logit_sum=False
+        )
+    return result.logps.new_zeros(job.positions).index_copy_(0, job.rows, result.logps), result
+
+
+def logprobs_grads(
+    job: LogprobsJob, result: Forward, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Grads:
+    """Gradients for the upstream gradient ``grad [positions]``, in the dtypes of the inputs."""
+    g = grad[job.rows]
+    grads = Grads(
+        None,
+        _head_gradient(weight if job.needs.weight else None, None),
+        _head_gradient(bias if job.needs.bias else None, None),
+    )
+    if result.unit is not None:
+        scaled = (g[:, None] * result.unit).to(hidden.dtype)
+        grads = grads._replace(hidden=torch.zeros_like(hidden).index_copy_(0, job.rows, scaled))
+    if job.needs.head:
+        head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
+        with torch.autocast(hidden.device.type, enabled=False):
+            job.backend.grad_head(
+                result, hidden.detach()[job.rows], job.targets, head, g, grads.weight, grads.bias, accumulate=False
+            )
+    return Grads(*(_like(found, tensor) for found, tensor in zip(grads, (hidden, weight, bias), strict=True)))
+
+
+def _like(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype autograd expects."""
+    return None if grad is None or tensor is None else grad.to(tensor.dtype)
+
+
 class LogprobsFunction(torch.autograd.Function):
     """``[positions]`` log-probabilities, 0 where there is no score; any upstream gradient.
 
@@ -298,40 +335,17 @@ class LogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LogprobsJob) -> Tensor:
-        head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
-        some = hidden.detach()[job.rows]
-        with torch.autocast(hidden.device.type, enabled=False):
-            result = _stream(job.backend, some, job.targets, head, unit=job.needs.hidden, logit_sum=False)
+        logps, result = run_logprobs(job, hidden, weight, bias)
         ctx.job = job
         # The gathered rows are not kept: hidden is alive in the graph anyway, and gathering again is cheap.
-        ctx.save_for_backward(hidden, weight, bias, result.unit, result.shift, result.inverse, result.entry)
-        out = result.logps.new_zeros(job.positions)
-        return out.index_copy_(0, job.rows, result.logps)
+        ctx.save_for_backward(hidden, weight, bias, *result)
+        return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        job: LogprobsJob = ctx.job
-        hidden, weight, bias, unit, shift, inverse, entry = ctx.saved_tensors
-        g = grad[job.rows]
-        grad_hidden = None
-        if unit is not None:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, job.rows, (g[:, None] * unit).to(hidden.dtype))
-        grad_weight = _head_gradient(weight if job.needs.weight else None, None)
-        grad_bias = _head_gradient(bias if job.needs.bias else None, None)
-        if job.needs.head:
-            head = Head(weight, bias, job.logit_scale, job.softcap)
-            result = Forward(inverse, shift, inverse, entry, None, None, None)
-            with torch.autocast(hidden.device.type, enabled=False):
-                job.backend.grad_head(
-                    result, hidden[job.rows], job.targets, head, g, grad_weight, grad_bias, accumulate=False
-                )
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-        )
+        hidden, weight, bias, *result = ctx.saved_tensors
+        return *logprobs_grads(ctx.job, Forward(*result), grad, hidden, weight, bias), None
 
 
 def warn_skipped(scores: Scores) -> None:

@@ -15,6 +15,7 @@ from orpo_kernels.engine import (
     Job,
     LogprobsFunction,
     LogprobsJob,
+    Losses,
     OrpoFunction,
     acc_dtype,
     grad_dtype,
@@ -127,18 +128,29 @@ def orpo_loss(
 
     Source: Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691.
     """
-    job, hidden, weight, bias = _prepare(
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    if torch.compiler.is_compiling():
+        *losses, skipped = torch.ops.orpo_kernels.orpo_loss(
+            hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
+            ignore_index, cu_seqlens, backend, workspace_bytes, list(_needs(hidden, weight, bias)),
+        )[: len(Losses._fields) + 1]  # fmt: skip
+        return _output(Losses(*losses), skipped, beta)
+    job = prepare(
         hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
         ignore_index, cu_seqlens, backend, workspace_bytes,
     )  # fmt: skip
     warn_skipped(job.scores)
-    out = OrpoFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
-    loss, nll, odds, chosen, rejected, ratio, log_odds, chosen_logits, rejected_logits = out
-    skipped = job.scores.pairs - job.scores.pair_valid.sum()
+    losses = OrpoFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
+    return _output(Losses(*losses), job.scores.pairs - job.scores.pair_valid.sum(), beta)
+
+
+def _output(losses: Losses, skipped: Tensor, beta: float) -> OrpoOutput:
     return OrpoOutput(
-        loss, nll, odds, chosen, rejected, beta * chosen, beta * rejected, ratio, log_odds, chosen_logits,
-        rejected_logits, skipped,
-    )  # fmt: skip
+        **losses._asdict(),
+        chosen_rewards=beta * losses.chosen_logps,
+        rejected_rewards=beta * losses.rejected_logps,
+        skipped_pairs=skipped,
+    )
 
 
 def _takes_the_arguments_of(function: Callable[P, Any]) -> Callable[[Callable[..., Plan]], Callable[P, Plan]]:
@@ -162,7 +174,11 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
     """
     call = inspect.signature(orpo_loss).bind(*args, **kwargs)
     call.apply_defaults()
-    return _prepare(**call.arguments)[0].plan
+    given = call.arguments
+    given.update(
+        zip(("hidden", "weight", "bias"), _autocast(given["hidden"], given["weight"], given["bias"]), strict=True)
+    )
+    return prepare(**given).plan
 
 
 def linear_logprobs(
@@ -202,21 +218,41 @@ def linear_logprobs(
     one without gradients.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.orpo_kernels.linear_logprobs(
+            hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend
+        )
+        return compiled
+    _check_workspace(workspace_bytes)
+    job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend)
+    out: Tensor = LogprobsFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
+    return out.view(labels.shape)
+
+
+def prepare_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    backend: str,
+    needs: Needs | None = None,
+) -> LogprobsJob:
+    """Everything of ``linear_logprobs`` before the first product: checks and scores; ``needs`` as for ``prepare``."""
     checks.check_head(hidden, weight, bias, logit_scale, softcap)
     checks.check_labels("labels", labels, hidden, expected=hidden.shape[:-1])
-    _check_workspace(workspace_bytes)
     rows, targets = logprob_scores(labels.long(), weight.shape[0], ignore_index)
-    job = LogprobsJob(
+    return LogprobsJob(
         rows=rows,
         targets=targets,
         positions=labels.numel(),
         logit_scale=float(logit_scale),
         softcap=softcap,
-        needs=_needs(hidden, weight, bias),
+        needs=needs or _needs(hidden, weight, bias),
         backend=select(backend, hidden.device, hidden.dtype),
     )
-    out: Tensor = LogprobsFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
-    return out.view(labels.shape)
 
 
 class OrpoLoss(nn.Module):
@@ -306,7 +342,7 @@ def _check_workspace(workspace_bytes: int | None) -> None:
         raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {workspace_bytes!r}")
 
 
-def _prepare(
+def prepare(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -321,9 +357,12 @@ def _prepare(
     cu_seqlens: Tensor | None,
     backend: str,
     workspace_bytes: int | None,
-) -> tuple[Job, Tensor, Tensor, Tensor | None]:
-    """Everything before the first product: casts, checks, scores, plan. Returns hidden, weight and bias as cast."""
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    needs: Needs | None = None,
+) -> Job:
+    """Everything of ``orpo_loss`` before the first product: checks, scores, plan.
+
+    ``needs`` is what the tensors ask for, unless told: inside an operator they no longer say.
+    """
     checks.check_head(hidden, weight, bias, logit_scale, softcap)
     checks.check_scalar("beta", beta)
     checks.check_scalar("nll_weight", nll_weight)
@@ -351,7 +390,7 @@ def _prepare(
         dtype=acc_dtype(hidden.dtype),
     )
     chosen_backend = select(backend, hidden.device, hidden.dtype)
-    needs = _needs(hidden, weight, bias)
+    needs = needs or _needs(hidden, weight, bias)
     plan = choose(
         needs,
         scores.pair_sizes,
@@ -363,7 +402,7 @@ def _prepare(
         positions=flat.numel(),
         backend=chosen_backend.name,
     )
-    job = Job(
+    return Job(
         scores=scores,
         objective=OddsRatio(float(beta)),
         nll_weight=float(nll_weight),
@@ -373,4 +412,3 @@ def _prepare(
         plan=plan,
         backend=chosen_backend,
     )
-    return job, hidden, weight, bias

@@ -44,14 +44,19 @@ def linear_logprobs(
     In float64 the same number is formed as ``logsigmoid(z_y - logsumexp_{v != y} z_v)``, which does not cancel as
     p -> 1: a truth must hold in that regime too. Other dtypes take the log-softmax, as those who are measured do.
     """
+    z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap)
+    if z.dtype != torch.float64:
+        z = torch.log_softmax(z.float(), -1)
+    return _pick(z, labels, ignore_index)
+
+
+def _pick(z: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Log-probabilities of labels from float64 logits or from a float32 log-softmax, 0 where ignored."""
     kept = labels != ignore_index
     places = torch.where(kept, labels, 0)[..., None]
-    z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap)
+    logps = z.gather(-1, places)
     if z.dtype == torch.float64:
-        others = z.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
-        logps = F.logsigmoid(z.gather(-1, places) - others)
-    else:
-        logps = torch.log_softmax(z.float(), -1).gather(-1, places)
+        logps = F.logsigmoid(logps - z.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True))
     return torch.where(kept, logps.squeeze(-1), 0.0)
 
 
@@ -75,19 +80,19 @@ def orpo_loss(
     """
     pairs = hidden.shape[0] // 2
 
-    def logps_of(targets: Tensor, rows: Tensor) -> Tensor:
-        return linear_logprobs(
-            rows, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index
-        )
+    z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap)
+    logit_means = z.detach().mean(-1, dtype=torch.promote_types(z.dtype, torch.float32))
+    if z.dtype != torch.float64:
+        z = torch.log_softmax(z.float(), -1)
 
     in_answer = labels != ignore_index
-    logps = logps_of(labels, hidden)
+    logps = _pick(z, labels, ignore_index)
     counts = in_answer.sum(-1)
     means = logps.sum(-1) / counts.clamp(min=1)
     chosen, rejected = means[:pairs], means[pairs:]
 
     nll_targets = (labels if nll_labels is None else nll_labels)[:pairs]
-    nll_logps = logps_of(nll_targets, hidden[:pairs])
+    nll_logps = _pick(z[:pairs], nll_targets, ignore_index)
     nll_counts = (nll_targets != ignore_index).sum(-1)
     if nll_reduction == "token":
         nll = -nll_logps.sum() / nll_counts.sum().clamp(min=1)
@@ -107,12 +112,11 @@ def orpo_loss(
         return torch.where(valid, per_pair, 0.0).sum() / n_valid
 
     odds_loss = beta * mean(F.softplus(-log_odds))
-    z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap).to(logps.dtype).mean(-1).detach()
     scored = in_answer.long()  # scores of each position: two where the NLL names another target than the answer
     scored[:pairs] += (nll_targets != ignore_index) & ~(in_answer[:pairs] & (nll_targets == labels[:pairs]))
 
     def side_mean(side: slice) -> Tensor:
-        return (z[side] * scored[side]).sum() / scored[side].sum().clamp(min=1)
+        return (logit_means[side] * scored[side]).sum() / scored[side].sum().clamp(min=1)
 
     return {
         "loss": nll_weight * nll + odds_loss,

@@ -1,0 +1,177 @@
+"""The benchmark itself: no provider rots, the documents show recorded figures, inputs are what they claim."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import accuracy, measure, record, render, report
+from benchmarks.cases import BATCHES, CASES, HEADS, IGNORE, STATES, Batch, Case, HeadName, Pair
+from benchmarks.floor import build_floor
+from benchmarks.inputs import make_problem
+from benchmarks.memory import peak_of
+from benchmarks.plot import plot
+from benchmarks.providers import FLOOR, NAMES, PROVIDERS, Provider, UnsupportedError
+from benchmarks.rows import Record, Row, Spec, row_of
+from orpo_kernels import reference
+
+CPU = torch.device("cpu")
+TINY = Case("tiny", 64, 999)
+TINY_CAPPED = Case("tiny-capped", 64, 999, softcap=30.0)
+FEW = Batch("few", (Pair(5, 9, 7), Pair(3, 11, 13)), 16)
+SPEC = Spec("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
+MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "trl_fused", "torch_lce", "ours_triton"}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("case", [TINY, TINY_CAPPED], ids=lambda case: case.name)
+@pytest.mark.parametrize("provider", PROVIDERS.values(), ids=lambda provider: provider.name)
+def test_every_provider_computes_the_loss_or_says_why_not(provider: Provider, case: Case, head: HeadName) -> None:
+    problem = make_problem(case, FEW, STATES["trained-like"], "float32", head, CPU)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # what is tested is the wiring, not the compiler
+            row = measure.check(provider, row_of(SPEC, "ok"), problem)
+    except UnsupportedError as reason:
+        if provider.name in MAY_BE_ABSENT and len(str(reason)) > 10:
+            return
+        raise
+    assert row.status == "ok", row.reason
+    assert row.err_loss is not None
+    assert row.err_loss < 1e-5
+    assert (row.err_weight is None) == (head == "frozen")
+
+
+def test_a_wrong_gradient_is_reported_as_wrong() -> None:
+    def build(problem):  # type: ignore[no-untyped-def]
+        step = PROVIDERS["naive"].build(problem)
+        return lambda: 1.01 * step()
+
+    problem = make_problem(TINY, FEW, STATES["trained-like"], "float32", "trainable", CPU)
+    row = measure.check(Provider("scaled", "torch", build), row_of(SPEC, "ok"), problem)
+    assert row.status == "wrong"
+    assert "error" in row.reason
+
+
+@pytest.mark.parametrize("phase", ["forward", "full"])
+def test_the_floor_runs(phase: str) -> None:
+    problem = make_problem(TINY, FEW, STATES["random"], "bfloat16", "trainable", CPU)
+    build_floor(problem, phase)()  # type: ignore[arg-type]
+
+
+def test_an_exception_becomes_a_row() -> None:
+    row = measure.measure(replace(SPEC, dtype="no such dtype"))  # type: ignore[arg-type]
+    assert row.status == "failed"
+    assert "AttributeError" in row.reason
+    assert measure.measure(replace(SPEC, provider="cce")).status == "unsupported"
+
+
+def test_peak_memory_is_the_calls_own() -> None:
+    def call() -> None:
+        torch.ones(64 << 18)  # 64 MiB, freed at once
+
+    torch.ones(256 << 18)  # an earlier and higher peak, which must not count
+    peak = peak_of(call, CPU)
+    assert 60 < peak.beyond_mib < 80
+    assert peak.absolute_mib is not None
+    assert peak.absolute_mib > peak.beyond_mib
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_like_states_are_what_they_claim(dtype: str, softcap: float | None) -> None:
+    case = replace(CASES["small-v32k-cpu"], vocab=8000, softcap=softcap)
+    batch = BATCHES["ragged-small-cpu"]
+    problem = make_problem(case, batch, STATES["trained-like"], dtype, "frozen", CPU)  # type: ignore[arg-type]
+    scored = problem.targets != IGNORE
+    assert scored.sum() == batch.scores
+    logps = reference.linear_logprobs(
+        problem.hidden.detach()[scored].double(), problem.weight.double(), problem.targets[scored], softcap=softcap
+    )
+    assert logps.mean().item() == pytest.approx(-1.5, abs=0.15)
+    assert logps.quantile(0.75).item() > -0.3  # many tokens are nearly certain
+    assert logps.quantile(0.1).item() < -3.5  # and some are surprises
+
+
+def test_the_table_of_regimes_covers_what_it_names() -> None:
+    for row in accuracy.run(scores=32, features=256, vocab=8000):
+        assert row.holds, row
+        if float(row.regime) > -10:  # the others depend on the vocabulary
+            assert row.mean_logp == pytest.approx(float(row.regime), rel=0.25)
+
+
+def test_specified_sizes() -> None:
+    assert BATCHES["ragged-cpu"].scores == 2697
+    for batch in BATCHES.values():
+        assert all(pair.prompt - 1 + max(pair.chosen, pair.rejected) <= batch.positions for pair in batch.pairs)
+
+
+def _rows() -> list[Row]:
+    ours = row_of(SPEC, "ok").with_(
+        median_ms=100.0, p20_ms=99.0, p80_ms=101.0, floor_ms=90.0, ratio=1.11, peak_mib=50.0
+    )
+    return [
+        ours,
+        ours.with_(provider="naive", median_ms=80.0, peak_mib=500.0),
+        ours.with_(provider=FLOOR, median_ms=90.0, ratio=1.0, peak_mib=None),
+        row_of(replace(SPEC, provider="cce"), "unsupported", "no GPU"),
+        ours.with_(batch="length-128-cpu"),
+        ours.with_(batch="length-256-cpu"),
+    ]
+
+
+def test_compare_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    rows = _rows()
+    Record("box", rows=rows).save(before)
+    Record("box", rows=[row.with_(median_ms=2 * row.median_ms) if row.median_ms else row for row in rows]).save(after)
+    assert Record.load(before).rows == rows
+    assert command.main(["compare", str(before), str(after)]) == 0
+    assert "2.00" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not a record"):
+        Record.load(_json(tmp_path / "c.json", {}))
+
+
+def _json(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_who_beats_ours_is_said() -> None:
+    assert [(other.provider, what) for _, other, what in report.losses_to_others(_rows())] == [("naive", "time")]
+
+
+def test_plot_names_its_source(tmp_path: Path) -> None:
+    plot(_rows(), tmp_path / "a.png", "from here")
+    assert render._source_in(tmp_path / "a.png") == "from here"
+
+
+def test_render_fills_marked_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    document, pictures = tmp_path / "page.md", tmp_path / "images"
+    document.write_text("\n".join(f"<!-- benchmarks:cpu-{name} -->\n<!-- /benchmarks -->" for name in render.TABLES))
+    assert render.stale([document], pictures) == []  # nothing is recorded, so there is nothing to show
+    rows = accuracy.run(scores=8, features=16, vocab=64)
+    Record("box", "2026-01-01", rows=_rows(), accuracy=rows).save(tmp_path / "cpu-test-2026-01-01.json")
+    assert len(render.stale([document], pictures)) == 2
+    render.render([document], pictures)
+    assert render.stale([document], pictures) == []
+    assert "| ours | 100 |" in document.read_text()
+    document.write_text("<!-- benchmarks:cpu-nonsense -->\n<!-- /benchmarks -->")
+    with pytest.raises(ValueError, match="names no table"):
+        render.render([document], pictures)
+
+
+def test_documents_show_the_recorded_figures() -> None:
+    assert render.stale() == [], "run `python -m benchmarks render`"
+
+
+def test_every_section_and_default_names_known_things() -> None:
+    specs = [spec for section in record.sections(CPU).values() for spec in section]
+    assert {spec.provider for spec in specs} <= set(NAMES)
+    assert {spec.case for spec in specs} <= set(CASES)
+    assert {spec.batch for spec in specs} <= set(BATCHES)
