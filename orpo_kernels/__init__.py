@@ -3,8 +3,8 @@
 Importing this package loads torch and nothing else; backends and integrations load when they are used.
 """
 
-from orpo_kernels import compiled, reference
+from orpo_kernels import reference
 from orpo_kernels.loss import OrpoLoss, OrpoOutput, explain, linear_logprobs, orpo_loss
 
-__all__ = ["OrpoLoss", "OrpoOutput", "__version__", "compiled", "explain", "linear_logprobs", "orpo_loss", "reference"]
+__all__ = ["OrpoLoss", "OrpoOutput", "__version__", "explain", "linear_logprobs", "orpo_loss", "reference"]
 __version__ = "0.1.0"

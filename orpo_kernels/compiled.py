@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine import acc_dtype, grad_dtype, logprobs_grads, run_logprobs, run_orpo, warn_skipped
-from orpo_kernels.loss import prepare, prepare_logprobs
 from orpo_kernels.plan import Needs
+from orpo_kernels.prepare import prepare_logprobs, prepare_orpo
 
 LOSSES = 9  # the fields of engine.Losses; behind them come skipped_pairs and the three gradients
 
@@ -27,7 +27,7 @@ def orpo(
     cu_seqlens: Tensor | None, backend: str, workspace_bytes: int | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """``engine.Losses``, skipped pairs, and gradients for an upstream gradient of 1 (empty where not needed)."""
-    job = prepare(
+    job = prepare_orpo(
         hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap, ignore_index,
         cu_seqlens, backend, workspace_bytes, Needs(*needs),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orpo_kernels.backends import Backend, Forward
-from orpo_kernels.objective import OddsRatio, PairTerms
+from orpo_kernels.objective import CHOSEN_BOUND, OddsRatio, PairTerms
 from orpo_kernels.plan import Needs, Plan
 from orpo_kernels.scores import Head, Scores
 
@@ -183,6 +183,8 @@ def _losses(job: Job, head: Head, hidden: Tensor, logps: Tensor, logit_sums: Ten
     scores = job.scores
     chosen, rejected, terms = _pair_terms(job, logps, scores.segment_lengths, scores.answer_weight)
     share = scores.pair_valid.to(logps.dtype) / max(scores.valid_pairs, 1)
+    # A mean that rounds to 0 is moved off it, so that 0 says "no token" and nothing else.
+    chosen, rejected = (torch.where(scores.pair_valid, m.clamp(max=CHOSEN_BOUND), m) for m in (chosen, rejected))
     nll = -(logps * scores.nll_weight).sum()
     odds = (terms.loss * share).sum()
     means = _logit_means(job, head, hidden, logit_sums)

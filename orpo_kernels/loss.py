@@ -9,21 +9,10 @@ from typing import Any, NamedTuple, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels import checks
-from orpo_kernels.backends import select
-from orpo_kernels.engine import (
-    Job,
-    LogprobsFunction,
-    LogprobsJob,
-    Losses,
-    OrpoFunction,
-    acc_dtype,
-    grad_dtype,
-    warn_skipped,
-)
-from orpo_kernels.objective import OddsRatio
-from orpo_kernels.plan import Needs, Plan, choose
-from orpo_kernels.scores import logprob_scores, orpo_scores
+from orpo_kernels import compiled
+from orpo_kernels.engine import LogprobsFunction, Losses, OrpoFunction, warn_skipped
+from orpo_kernels.plan import Plan
+from orpo_kernels.prepare import check_workspace, needs_of, prepare_logprobs, prepare_orpo
 
 P = ParamSpec("P")
 
@@ -130,12 +119,12 @@ def orpo_loss(
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     if torch.compiler.is_compiling():
-        *losses, skipped = torch.ops.orpo_kernels.orpo_loss(
+        *losses, skipped = compiled.orpo(
             hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
-            ignore_index, cu_seqlens, backend, workspace_bytes, list(_needs(hidden, weight, bias)),
+            ignore_index, cu_seqlens, backend, workspace_bytes, list(needs_of(hidden, weight, bias)),
         )[: len(Losses._fields) + 1]  # fmt: skip
         return _output(Losses(*losses), skipped, beta)
-    job = prepare(
+    job = prepare_orpo(
         hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
         ignore_index, cu_seqlens, backend, workspace_bytes,
     )  # fmt: skip
@@ -178,7 +167,7 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
     given.update(
         zip(("hidden", "weight", "bias"), _autocast(given["hidden"], given["weight"], given["bias"]), strict=True)
     )
-    return prepare(**given).plan
+    return prepare_orpo(**given).plan
 
 
 def linear_logprobs(
@@ -219,40 +208,14 @@ def linear_logprobs(
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch.ops.orpo_kernels.linear_logprobs(
+        one_operator: Tensor = compiled.logprobs(
             hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend
         )
-        return compiled
-    _check_workspace(workspace_bytes)
+        return one_operator
+    check_workspace(workspace_bytes)
     job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend)
     out: Tensor = LogprobsFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
     return out.view(labels.shape)
-
-
-def prepare_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
-    needs: Needs | None = None,
-) -> LogprobsJob:
-    """Everything of ``linear_logprobs`` before the first product: checks and scores; ``needs`` as for ``prepare``."""
-    checks.check_head(hidden, weight, bias, logit_scale, softcap)
-    checks.check_labels("labels", labels, hidden, expected=hidden.shape[:-1])
-    rows, targets = logprob_scores(labels.long(), weight.shape[0], ignore_index)
-    return LogprobsJob(
-        rows=rows,
-        targets=targets,
-        positions=labels.numel(),
-        logit_scale=float(logit_scale),
-        softcap=softcap,
-        needs=needs or _needs(hidden, weight, bias),
-        backend=select(backend, hidden.device, hidden.dtype),
-    )
 
 
 class OrpoLoss(nn.Module):
@@ -329,86 +292,3 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
         return tensor.to(dtype) if eligible else tensor
 
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
-
-
-def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
-    if not torch.is_grad_enabled():
-        return Needs(False, False, False)
-    return Needs(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-
-
-def _check_workspace(workspace_bytes: int | None) -> None:
-    if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
-        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {workspace_bytes!r}")
-
-
-def prepare(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    nll_labels: Tensor | None,
-    bias: Tensor | None,
-    beta: float,
-    nll_weight: float,
-    nll_reduction: str,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    cu_seqlens: Tensor | None,
-    backend: str,
-    workspace_bytes: int | None,
-    needs: Needs | None = None,
-) -> Job:
-    """Everything of ``orpo_loss`` before the first product: checks, scores, plan.
-
-    ``needs`` is what the tensors ask for, unless told: inside an operator they no longer say.
-    """
-    checks.check_head(hidden, weight, bias, logit_scale, softcap)
-    checks.check_scalar("beta", beta)
-    checks.check_scalar("nll_weight", nll_weight)
-    if nll_reduction not in ("token", "sequence"):
-        raise ValueError(f"nll_reduction must be 'token' or 'sequence', got {nll_reduction!r}")
-    _check_workspace(workspace_bytes)
-    checks.check_labels("labels", labels, hidden, expected=hidden.shape[:-1])
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, hidden)
-        offsets = cu_seqlens.long()
-    else:
-        offsets = checks.padded_offsets(hidden)
-    flat = labels.long().reshape(-1)
-    chosen_positions = torch.arange(flat.numel(), device=flat.device) < offsets[offsets.numel() // 2]
-    nll_flat = flat
-    if nll_labels is not None:
-        nll_flat = checks.flat_nll_labels(nll_labels, hidden, ignore_index)
-    scores = orpo_scores(
-        flat,
-        torch.where(chosen_positions, nll_flat, ignore_index),
-        offsets,
-        weight.shape[0],
-        ignore_index=ignore_index,
-        nll_reduction=nll_reduction,
-        dtype=acc_dtype(hidden.dtype),
-    )
-    chosen_backend = select(backend, hidden.device, hidden.dtype)
-    needs = needs or _needs(hidden, weight, bias)
-    plan = choose(
-        needs,
-        scores.pair_sizes,
-        vocab=weight.shape[0],
-        features=weight.shape[1],
-        kept_itemsize=chosen_backend.kept_itemsize(hidden.dtype),
-        accumulates_in_place=grad_dtype(hidden.dtype) == acc_dtype(hidden.dtype),
-        workspace_bytes=workspace_bytes,
-        positions=flat.numel(),
-        backend=chosen_backend.name,
-    )
-    return Job(
-        scores=scores,
-        objective=OddsRatio(float(beta)),
-        nll_weight=float(nll_weight),
-        logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
-        needs=needs,
-        plan=plan,
-        backend=chosen_backend,
-    )

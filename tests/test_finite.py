@@ -71,6 +71,7 @@ def test_probability_one(dtype: torch.dtype, side: str, gap: float) -> None:
     hidden[..., 0] = 1.0
     case = Case(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), case.labels)
     assert_finite(case)
+    assert (case.ours().chosen_logps < 0).all()  # 0 would say that the answer has no token
     if gap > 80:
         return  # 1 - p is below the smallest float32 here; being finite is all that can be asked
     truth_case = case.to(torch.float64)
