@@ -10,6 +10,7 @@ import os
 import platform
 import runpy
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def _patchable(library: str, integration: str) -> str:
     if _version(library) is None:
         return f"no, {library} is not installed (pip install 'orpo_kernels[hf]')"
     try:
-        importlib.import_module(integration)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # trl says of its experimental modules what nobody asked here
+            importlib.import_module(integration)
     except ImportError as error:
         return f"no, {error}"
     return "yes"
