@@ -33,8 +33,9 @@ lint: install  ## ruff: rules and format
 types: install  ## mypy, strict
 	$(PY) -m mypy
 
-bench: install  ## record this machine's figures under benchmarks/results/
+bench: install  ## record this machine's figures under benchmarks/results/ and put them into the documents
 	$(PY) -m benchmarks record $(ARGS)
+	$(PY) -m benchmarks render
 
 clean:  ## remove what the commands above made
 	rm -rf $(VENV) build *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache

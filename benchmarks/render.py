@@ -83,7 +83,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
-HEADLINE = ("provider", "ms", "time / ours", "time / floor", "peak MiB", "process MiB", "gradient error", "")
+HEADLINE = ("provider", "ms", "time / ours", "time / floor", "peak MiB", "RSS MiB", "gradient error", "")
 
 
 def _headline(machine_class: str, found: Record) -> str:

@@ -35,7 +35,7 @@ def groups(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
     return [(group, list(members)) for group, members in groupby(in_order(rows), key=lambda row: row.group)]
 
 
-HEADER = ("provider", "ms", "p20-p80", "x floor", "peak MiB", "process MiB", "err dH", "err dW", "note")
+HEADER = ("provider", "ms", "p20-p80", "x floor", "peak MiB", "RSS MiB", "err dH", "err dW", "note")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def print_rows(rows: Iterable[Row], console: Console) -> None:
     """A table for each group; what has no figures follows it, with the reason in full."""
     for group, members in groups(rows):
         console.print(f"\n[bold]{title(group)}[/bold]", highlight=False)
-        table = Table(box=SIMPLE, pad_edge=False, highlight=True)
+        table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), highlight=True)
         for name in HEADER[:-1]:
             table.add_column(name, no_wrap=True, justify="left" if name == "provider" else "right")
         for row in members:
