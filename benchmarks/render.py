@@ -172,8 +172,8 @@ def _resident(row: Row) -> float | None:
 
 
 _LARGE = ("qwen2.5-0.5b-cpu", "ragged-cpu", "trained-like", "trainable", "bfloat16", "full")
-_LARGE_FLOAT32 = ("qwen2.5-0.5b-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full")
-_SMALL_FLOAT32 = ("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full")
+_LARGE_FLOAT32 = ("qwen2.5-0.5b-cpu", "ragged-cpu", "trained-like", "trainable", "float32", "full")
+_SMALL_FLOAT32 = ("small-v32k-cpu", "ragged-cpu", "trained-like", "trainable", "float32", "full")
 CPU_TARGETS = (
     Target("floor / time, bfloat16, V 128256", _LARGE, FLOOR, _time, 1 / 1.25),
     Target("faster than Liger uncompiled, bfloat16, V 128256", _LARGE, "liger_eager", _time, 5),
