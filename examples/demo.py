@@ -157,13 +157,13 @@ def draw(histories: dict[Run, History], worst: float, path: Path) -> None:
     left.set(title=f"The same loss: worst relative difference {worst:.0e}", xlabel="step", ylabel="ORPO loss")
 
     window = max(1, count // 12)
-    smoothed = f", running mean of {window} steps" if window > 1 else ""
+    smoothed = f" (running mean of {window} steps)" if window > 1 else ""
     for run, color, name in ((TUNED, "#b0563b", "fine-tuning, beta 0"), (PATCHED, "#17324d", f"ORPO, beta {beta:g}")):
         for side, style in (("chosen", "-"), ("rejected", "--")):
             means = running_mean(series(run, f"logps/{side}"), window)
             right.plot(numbers, means, style, color=color, linewidth=1.8, label=f"{side}, {name}")
     right.set(title="Fine-tuning raises both answers, ORPO parts them", xlabel="step")
-    right.set_ylabel(f"mean log-probability of a token, nats{smoothed}")
+    right.set_ylabel(f"log-probability per token, nats{smoothed}")
 
     for panel in (left, right):
         panel.grid(alpha=0.3)

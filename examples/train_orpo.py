@@ -153,6 +153,7 @@ def main() -> None:
         beta=options.beta,
         learning_rate=options.learning_rate,
         adam_beta2=0.95,
+        adam_epsilon=1e-6,  # at 1e-8 Adam makes full steps of gradients that are mostly rounding: runs drift apart
         warmup_steps=options.max_steps // 10,
         per_device_train_batch_size=options.batch_size,
         max_length=options.max_length,

@@ -37,9 +37,12 @@ from orpo_kernels.backends import Forward
 from orpo_kernels.scores import Head
 
 # A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
-# Measured at n = 2697: slices of 2,048 and 4,096 rows (11 and 22 MB) are equal, 8,192 rows cost 1.7x.
-TILE_BYTES = 24 << 20
-TILE_ROWS = (256, 4096)
+# Measured at n = 2697: slices of 2,048 rows (11 MB) are a little faster than 4,096, and 8,192 cost 1.7x.
+TILE_BYTES = 12 << 20
+TILE_ROWS = (256, 2048)
+# Where E is kept, hidden's product takes this many rows of the head at once, as its float32 sum then is added to less
+# often. Measured at n = 2697: 1.64 s in all with 4,096 rows, 1.61 with 8,192, 1.55 with 32,768.
+PRODUCT_ROWS = 32768
 # Rows whose S passes this take their largest logit as shift instead of the label's. exp(60) times any vocabulary and
 # any weight still fits a float32, which exp(80) would not.
 RESCUE_ABOVE = math.exp(60.0)
@@ -51,6 +54,17 @@ PARTIAL_SUMS = 64
 # Measured (ms over V = 32,000, H = 896, copied and not): n = 256, 41 and 16; 666, 81 and 41; 1,300, 85 and 88; 2,697,
 # 367 and 492. A float32 product takes a transposed operand as it is.
 COPY_TRANSPOSED_FROM = 1024
+TRANSPOSE_BLOCK = 128
+
+# The memory of the last kept E on a CPU, by dtype, at most what the workspace allowed. The system hands out fresh pages
+# one fault at a time, which for the E of a head of 128,256 tokens costs 0.2 s of 1.6, and up to 1 s on a busy virtual
+# machine. Whoever uses it takes it out first, so two threads never share it.
+_spare: dict[torch.dtype, Tensor] = {}
+
+
+def release() -> None:
+    """Give the memory kept between calls back to the system."""
+    _spare.clear()
 
 
 class TorchBackend:
@@ -81,7 +95,7 @@ class TorchBackend:
         label_raw = _label_logits(hidden, targets, head, acc)
         label = head.cap(label_raw * head.logit_scale)
         shift = _representable(label, head, compute)
-        exps = torch.empty((vocab + 1, n), dtype=compute, device=hidden.device) if keep else None
+        exps = _take_exps(vocab, n, hidden) if keep else None
 
         total, unit_t, sums = _stream(hidden, targets, head, shift, exps, unit=unit, logit_sum=logit_sum)
 
@@ -146,6 +160,8 @@ class TorchBackend:
                 _product(grad_weight[rows], tile, scaled, accumulate=accumulate)
             if grad_bias is not None:
                 _product(grad_bias[rows, None], tile, column, accumulate=accumulate)
+        if result.exps is not None:
+            _give_back(result.exps)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,6 +176,20 @@ def _tile_rows(columns: int, itemsize: int) -> int:
     """Rows of the head in one slice, a multiple of the partial sums."""
     rows = TILE_BYTES // max(columns * itemsize, 1) // PARTIAL_SUMS * PARTIAL_SUMS
     return min(max(rows, TILE_ROWS[0]), TILE_ROWS[1])
+
+
+def _take_exps(vocab: int, n: int, like: Tensor) -> Tensor:
+    """Room for E and a spare row, ``[V + 1, n]``, out of the kept memory if that is large enough."""
+    size = (vocab + 1) * n
+    kept = _spare.pop(like.dtype, None) if like.device.type == "cpu" else None
+    flat = kept[:size] if kept is not None and kept.numel() >= size else like.new_empty(size)
+    return flat.view(vocab + 1, n)
+
+
+def _give_back(exps: Tensor) -> None:
+    """Keep the memory of E, all of it, for the next call."""
+    if exps.device.type == "cpu":
+        _spare[exps.dtype] = exps.new_empty(0).set_(exps.untyped_storage())
 
 
 def _row_parts(hidden: Tensor) -> Iterator[slice]:
@@ -247,7 +277,7 @@ def _tiles(
 
 def _kept_tiles(exps: Tensor) -> Iterator[tuple[slice, Tensor]]:
     vocab = exps.shape[0] - 1
-    step = _tile_rows(exps.shape[1], exps.element_size())
+    step = 2 * _tile_rows(exps.shape[1], exps.element_size())
     for start in range(0, vocab, step):
         rows = slice(start, min(start + step, vocab))
         yield rows, exps[rows]
@@ -268,13 +298,38 @@ def _stream(
     total = torch.zeros(n, dtype=acc, device=hidden.device)
     sums = torch.zeros_like(total) if logit_sum and head.softcap is not None else None
     unit_t = torch.zeros((hidden.shape[1], n), dtype=acc, device=hidden.device) if unit else None
+    several = PRODUCT_ROWS if exps is not None else 1
+    done = 0
     for rows, tile in _tiles(hidden, targets, head, shift, exps, None, sums, total):
-        if unit_t is not None:
-            slice_t = head.weight[rows].to(tile.dtype).T
-            if n >= COPY_TRANSPOSED_FROM and tile.dtype == torch.bfloat16:
-                slice_t = slice_t.contiguous()
-            _product(unit_t, slice_t, tile, accumulate=True)
+        if unit_t is not None and (rows.stop - done >= several or rows.stop == head.vocab):
+            group = slice(done, rows.stop)
+            _add_hidden_product(unit_t, head.weight[group], tile if exps is None else exps[group])
+            done = rows.stop
     return total, unit_t, sums
+
+
+def _add_hidden_product(unit_t: Tensor, weight: Tensor, tile: Tensor) -> None:
+    """``unit_t [H, n] += weight^T @ tile`` for a slice of the head ``[s, H]`` and its tile ``[s, n]``."""
+    weight_t = weight.to(tile.dtype).T
+    if tile.dtype == torch.bfloat16 and tile.shape[1] >= COPY_TRANSPOSED_FROM:
+        weight_t = _transposed(weight)
+    _product(unit_t, weight_t, tile, accumulate=True)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """A contiguous copy of ``weight^T``, by products with an identity, which are exact for finite weights.
+
+    A matrix product transposes its operand block by block in all cores; ``contiguous()`` is one thread's loop, and took
+    a fifth of a whole call.
+    """
+    rows, features = weight.shape
+    out = weight.new_empty((features, rows))
+    identity = torch.eye(TRANSPOSE_BLOCK, dtype=weight.dtype, device=weight.device)
+    for start in range(0, features, TRANSPOSE_BLOCK):
+        block = weight[:, start : start + TRANSPOSE_BLOCK]
+        width = block.shape[1]
+        torch.mm(identity[:width, :width], block.T, out=out[start : start + width])
+    return out
 
 
 def _row_max(hidden: Tensor, head: Head) -> Tensor:
