@@ -70,7 +70,7 @@ def _record(options: argparse.Namespace, console: Console) -> int:
         console.print(f"no section {', '.join(unknown)}; there are {', '.join(known)}")
         return 2
     path = options.json or record.path_of(device)
-    kept = record.record(device, options.only or known, path)
+    kept = record.record(device, options.only or known, path, options.providers or ())
     report.print_rows(kept.rows, console)
     report.print_accuracy(kept.accuracy, console)
     console.print(f"written to {path}; `python -m benchmarks render` puts it into the documents")
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
     recording = command("record", _record, "record this machine under benchmarks/results/")
     recording.add_argument("--only", nargs="+", metavar="SECTION", help="sections to measure (again)")
+    several(recording, "--providers", NAMES, None)
     recording.add_argument("--json", type=Path, help="another file than the machine's own")
     on_device(recording)
 

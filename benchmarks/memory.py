@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from orpo_kernels.backends.torch_backend import release
+
 MIB = 1 << 20
 
 
@@ -84,7 +86,8 @@ def _reset_kernel_peak() -> bool:
 
 
 def _return_free_memory() -> None:
-    """Hand the C library's free lists back, so that a call cannot hide its use in memory left over from another."""
+    """Hand back what the C library and this package keep, so that a call cannot hide its use in what another left."""
+    release()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

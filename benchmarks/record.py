@@ -87,11 +87,20 @@ def path_of(device: torch.device) -> Path:
     return RESULTS / f"{machine.kind(device)}-{machine.today()}.json"
 
 
-def record(device: torch.device, only: Sequence[str], path: Path) -> Record:
-    """Run the sections and keep every answer at once. What ``path`` holds already stays, unless measured again."""
+def record(device: torch.device, only: Sequence[str], path: Path, providers: Sequence[str] = ()) -> Record:
+    """Run the sections and keep every answer at once. What ``path`` holds already stays, unless measured again.
+
+    ``providers`` measures these alone again, after a change that touches no other.
+    """
     kept = Record.load(path) if path.exists() else Record()
     kept.machine, kept.date, kept.commit = machine.device_name(device), machine.today(), machine.commit()
-    wanted = [spec for name, specs in sections(device).items() if name in only for spec in specs]
+    wanted = [
+        spec
+        for name, specs in sections(device).items()
+        if name in only
+        for spec in specs
+        if not providers or spec.provider in providers
+    ]
     before = kept.rows
 
     def keep(rows: list[Row]) -> None:
