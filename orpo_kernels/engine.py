@@ -18,8 +18,8 @@ from orpo_kernels.objective import CHOSEN_BOUND, OddsRatio, PairTerms
 from orpo_kernels.plan import Needs, Plan
 from orpo_kernels.scores import Head, Scores
 
-# Rows of one forward chunk where E is not kept. Measured flat from 2,048 to 8,192 on a CPU; more only grows the
-# float32 [H, n] sum of the hidden states' product.
+# Rows of one forward chunk where E is not kept. Each chunk reads the whole head, so not too few; the float32 [H, n] sum
+# of the hidden states' product grows with them, so not too many.
 STREAM_ROWS = 4096
 
 

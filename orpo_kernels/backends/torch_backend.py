@@ -5,7 +5,8 @@ Layout: E is stored transposed, ``[V, n]``, so that a slice of the vocabulary is
 
     tile   = exp(scale * (W_s @ hidden^T + b_s) - shift)    the label's entry set to 0
     S     += sum of the tile over its rows                  [n]
-    unit  += W_s^T @ tile                                   [H, n], if hidden needs a gradient
+    unit  += W_s^T @ tile                                   [H, n], if hidden needs a gradient; over several slices
+                                                            at once where E is kept
 
 and, once S and the upstream gradient are known, from kept or recomputed tiles whose label entries are -S:
 
@@ -40,9 +41,10 @@ from orpo_kernels.scores import Head
 # Measured at n = 2697: slices of 2,048 rows (11 MB) are a little faster than 4,096, and 8,192 cost 1.7x.
 TILE_BYTES = 12 << 20
 TILE_ROWS = (256, 2048)
-# Where E is kept, hidden's product takes this many rows of the head at once, as its float32 sum then is added to less
-# often. Measured at n = 2697: 1.64 s in all with 4,096 rows, 1.61 with 8,192, 1.55 with 32,768.
-PRODUCT_ROWS = 32768
+# Where E is kept, hidden's product takes a run of the head of this many bytes at once, which is also the size of its
+# transposed copy: the float32 sum is added to less often. Measured at n = 2697, H = 896: 1.64 s in all with runs of
+# 4,096 rows, 1.61 with 8,192, 1.55 with 32,768, which is this size.
+PRODUCT_BYTES = 56 << 20
 # Rows whose S passes this take their largest logit as shift instead of the label's. exp(60) times any vocabulary and
 # any weight still fits a float32, which exp(80) would not.
 RESCUE_ABOVE = math.exp(60.0)
@@ -298,7 +300,7 @@ def _stream(
     total = torch.zeros(n, dtype=acc, device=hidden.device)
     sums = torch.zeros_like(total) if logit_sum and head.softcap is not None else None
     unit_t = torch.zeros((hidden.shape[1], n), dtype=acc, device=hidden.device) if unit else None
-    several = PRODUCT_ROWS if exps is not None else 1
+    several = PRODUCT_BYTES // (hidden.shape[1] * hidden.element_size()) if exps is not None else 1
     done = 0
     for rows, tile in _tiles(hidden, targets, head, shift, exps, None, sums, total):
         if unit_t is not None and (rows.stop - done >= several or rows.stop == head.vocab):
