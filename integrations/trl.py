@@ -1,4 +1,4 @@
-"""TRL's ORPOTrainer without full logits (trl >= 0.29, where it lives in ``trl.experimental.orpo``).
+"""TRL's ORPOTrainer without full logits (``trl.experimental.orpo``; tested with trl 1.16).
 
 Two methods are replaced. ``get_batch_loss_metrics`` is the whole loss, so its gradients come from the fused plan (three
 products). ``concatenated_forward`` serves subclasses that compute their own loss from its log-probabilities (four
@@ -24,7 +24,7 @@ try:
     from trl.experimental.orpo import orpo_trainer as _trl
 except ImportError as error:
     raise ImportError(
-        "orpo_kernels patches the ORPOTrainer of trl.experimental.orpo (trl 0.29 and newer; tested with 1.16), which "
+        "orpo_kernels patches the ORPOTrainer of trl.experimental.orpo (tested with trl 1.16), which "
         f"could not be imported: {error}. Install it with: pip install 'orpo_kernels[hf]'"
     ) from error
 

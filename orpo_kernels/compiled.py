@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine import acc_dtype, grad_dtype, logprobs_grads, run_logprobs, run_orpo, warn_skipped
+from orpo_kernels.backends import acc_dtype
+from orpo_kernels.engine import Losses, grad_dtype, logprobs_grads, run_logprobs, run_orpo, warn_skipped
 from orpo_kernels.plan import Needs
 from orpo_kernels.prepare import prepare_logprobs, prepare_orpo
 
-LOSSES = 9  # the fields of engine.Losses; behind them come skipped_pairs and the three gradients
+LOSSES = len(Losses._fields)  # behind them come skipped_pairs and the three gradients
 
 
 @torch.library.custom_op("orpo_kernels::orpo_loss", mutates_args=())

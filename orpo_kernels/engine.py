@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_kernels.backends import Backend, Forward
+from orpo_kernels.backends import Backend, Forward, acc_dtype
 from orpo_kernels.objective import CHOSEN_BOUND, OddsRatio, PairTerms
 from orpo_kernels.plan import Needs, Plan
 from orpo_kernels.scores import Head, Scores
@@ -57,11 +57,6 @@ class Job:
     needs: Needs
     plan: Plan
     backend: Backend
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ One "mm" is ``2 * N * V * H`` FLOP over the N scores. ``E`` is the matrix of shi
 | ``score`` | nothing needs a gradient | 1 |
 | ``frozen`` | the head is frozen, hidden needs a gradient | 2 |
 | ``stash`` | the head trains; E of a group of whole pairs fits the budget and is kept for the weight's product | 3 |
-| ``recompute`` | the head trains and no such group fits, or the upstream gradient comes later | 4 |
+| ``recompute`` | the head trains and no such group fits | 4 |
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def choose(
     workspace_bytes: int | None,
     positions: int,
     backend: str,
-    deferred: bool = False,  # the upstream gradient of each score comes only in backward
 ) -> Plan:
     """Pick the plan with the fewest mm that keeps to the workspace.
 
@@ -102,8 +101,6 @@ def choose(
         return plan("score", 1, "nothing needs a gradient")
     if not needs.head:
         return plan("frozen", 2, "the head is frozen, so only hidden's product remains and E never leaves a tile")
-    if deferred:
-        return plan("recompute", 4, "the upstream gradient comes in backward, so E is computed again there")
     if scores * column <= limit:
         return plan("stash", 3, "E of all pairs fits the workspace", kept=scores * column)
     room = limit - accumulator

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import checks
-from orpo_kernels.backends import select
-from orpo_kernels.engine import Job, LogprobsJob, acc_dtype, grad_dtype
+from orpo_kernels.backends import acc_dtype, select
+from orpo_kernels.engine import Job, LogprobsJob, grad_dtype
 from orpo_kernels.objective import OddsRatio
 from orpo_kernels.plan import Needs, choose
 from orpo_kernels.scores import logprob_scores, orpo_scores

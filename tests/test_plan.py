@@ -30,7 +30,6 @@ def test_the_plan_follows_what_needs_a_gradient() -> None:
     assert plan([100], Needs(True, False, False)).name == "frozen"
     for needs in (ALL, Needs(False, True, False), Needs(False, False, True)):
         assert plan([100], needs).name == "stash"
-    assert plan([100], deferred=True).name == "recompute"
 
 
 def test_one_chunk_takes_the_accumulators_place() -> None:

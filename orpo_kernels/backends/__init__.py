@@ -13,6 +13,11 @@ from torch import Tensor
 from orpo_kernels.scores import Head
 
 
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Forward(NamedTuple):
     """One chunk of n scores after the first product. Tensors of ``[n]`` have the accumulation dtype."""
 

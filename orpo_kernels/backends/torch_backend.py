@@ -1,4 +1,4 @@
-"""The torch backend: any device torch runs on, tuned for CPUs.
+"""The torch backend: tuned for CPUs, in plain torch that other devices run too (not yet tried on one).
 
 Layout: E is stored transposed, ``[V, n]``, so that a slice of the vocabulary is one contiguous block. Per slice of
 ``s`` rows of the head, while the ``[s, n]`` tile is in cache:
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.backends import Forward
+from orpo_kernels.backends import Forward, acc_dtype
 from orpo_kernels.scores import Head
 
 # A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
@@ -81,7 +81,7 @@ class TorchBackend:
         return _compute_dtype(dtype).itemsize
 
     def column_mean(self, weight: Tensor) -> Tensor:
-        acc = _acc_dtype(weight.dtype)
+        acc = acc_dtype(weight.dtype)
         rows = _tile_rows(weight.shape[1], weight.element_size())
         total = torch.zeros(weight.shape[1], dtype=acc, device=weight.device)
         for start in range(0, weight.shape[0], rows):
@@ -91,7 +91,7 @@ class TorchBackend:
     def forward(
         self, hidden: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool
     ) -> Forward:
-        compute, acc = _compute_dtype(hidden.dtype), _acc_dtype(hidden.dtype)
+        compute, acc = _compute_dtype(hidden.dtype), acc_dtype(hidden.dtype)
         hidden = hidden.to(compute)
         n, vocab = hidden.shape[0], head.vocab
         label_raw = _label_logits(hidden, targets, head, acc)
@@ -168,10 +168,6 @@ class TorchBackend:
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _tile_rows(columns: int, itemsize: int) -> int:
@@ -338,7 +334,7 @@ def _row_max(hidden: Tensor, head: Head) -> Tensor:
     """The largest capped logit of each row, ``[n]`` in the accumulation dtype."""
     step = _tile_rows(hidden.shape[0], hidden.element_size())
     largest = [_logits(hidden, head, slice(start, start + step), None).amax(0) for start in range(0, head.vocab, step)]
-    return head.cap(torch.stack(largest).amax(0).to(_acc_dtype(hidden.dtype)))
+    return head.cap(torch.stack(largest).amax(0).to(acc_dtype(hidden.dtype)))
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
