@@ -80,7 +80,7 @@ def run_script(script: str, arguments: Sequence[str]) -> int:
 
 def doctor() -> int:
     """Print what a bug report needs."""
-    from orpo_kernels.backends import available
+    from orpo_kernels.backends import by_preference
     from orpo_kernels.integrations import TRAINERS
 
     print(f"orpo_kernels {orpo_kernels.__version__}, python {platform.python_version()}, {platform.platform()}")
@@ -93,7 +93,7 @@ def doctor() -> int:
         device = torch.device("cpu")
         print(f"device: cpu, {torch.get_num_threads()} threads")
     used = False
-    for backend in available():
+    for backend in by_preference(device):
         reason = backend.refuses(device, torch.bfloat16)
         print(f"backend {backend.name}: {reason or ('available' if used else 'used')}")
         used = used or reason is None

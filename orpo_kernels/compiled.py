@@ -84,18 +84,20 @@ torch.library.register_autograd("orpo_kernels::orpo_loss", _scale, setup_context
 @torch.library.custom_op("orpo_kernels::linear_logprobs", mutates_args=())
 def logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None,
-    ignore_index: int, backend: str,
+    ignore_index: int, backend: str, workspace_bytes: int | None,
 ) -> Tensor:  # fmt: skip
     """``[...]`` log-probabilities of ``labels``."""
     needs = Needs(False, False, False)
-    job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, needs)
+    job = prepare_logprobs(
+        hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, workspace_bytes, needs
+    )
     return run_logprobs(job, hidden.reshape(-1, hidden.shape[-1]), weight, bias)[0].view(labels.shape)
 
 
 @logprobs.register_fake
 def _(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None,
-    ignore_index: int, backend: str,
+    ignore_index: int, backend: str, workspace_bytes: int | None,
 ) -> Tensor:  # fmt: skip
     return hidden.new_empty(labels.shape, dtype=acc_dtype(hidden.dtype))
 
@@ -103,13 +105,15 @@ def _(
 @torch.library.custom_op("orpo_kernels::linear_logprobs_backward", mutates_args=())
 def logprobs_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float,
-    softcap: float | None, ignore_index: int, backend: str, needs: Sequence[bool],
+    softcap: float | None, ignore_index: int, backend: str, workspace_bytes: int | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients in hidden, weight and bias, empty where not needed."""
-    job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, Needs(*needs))
+    job = prepare_logprobs(
+        hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, workspace_bytes, Needs(*needs)
+    )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    _, result = run_logprobs(job, rows, weight, bias)
-    grads = logprobs_grads(job, result, grad.reshape(-1), rows, weight, bias)
+    _, unit, result = run_logprobs(job, rows, weight, bias)
+    grads = logprobs_grads(job, unit, result, grad.reshape(-1), rows, weight, bias)
     found = [hidden.new_empty(0) if g is None else g for g in grads]
     if grads.hidden is not None:
         found[0] = grads.hidden.view(hidden.shape)
@@ -119,7 +123,7 @@ def logprobs_backward(
 @logprobs_backward.register_fake
 def _(
     grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float,
-    softcap: float | None, ignore_index: int, backend: str, needs: Sequence[bool],
+    softcap: float | None, ignore_index: int, backend: str, workspace_bytes: int | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if n and t is not None else hidden.new_empty(0)
@@ -137,7 +141,7 @@ def _logprobs_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     found = logprobs_backward(grad, hidden, weight, labels, bias, *ctx.options, needs)
     of_hidden, of_weight, of_bias = (g if n else None for g, n in zip(found, needs, strict=True))
-    return of_hidden, of_weight, None, of_bias, *[None] * 4
+    return of_hidden, of_weight, None, of_bias, *[None] * 5
 
 
 torch.library.register_autograd("orpo_kernels::linear_logprobs", _logprobs_vjp, setup_context=_keep_inputs)

@@ -6,6 +6,7 @@ Gradients are formed while E is at hand, in forward; backward multiplies them by
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orpo_kernels.backends import Backend, Forward, acc_dtype
-from orpo_kernels.objective import CHOSEN_BOUND, OddsRatio, PairTerms
-from orpo_kernels.plan import Needs, Plan
+from orpo_kernels.objective import CHOSEN_BOUND, OddsRatio
+from orpo_kernels.pairs import PairTable
+from orpo_kernels.plan import Needs, Plan, room_of
 from orpo_kernels.scores import Head, Scores
 
-# Rows of one forward chunk where E is not kept. Each chunk reads the whole head, so not too few; the float32 [H, n] sum
-# of the hidden states' product grows with them, so not too many.
-STREAM_ROWS = 4096
+# Rows of a float32 copy of hidden, on the way to the mean logit.
+MEAN_ROWS = 4096
 
 
 class Losses(NamedTuple):
@@ -64,124 +65,109 @@ def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _pair_terms(job: Job, logps: Tensor, lengths: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, PairTerms]:
-    """Means per sequence from log-probabilities per score, and the objective on them."""
-    means = torch.segment_reduce(logps * weights, "sum", lengths=lengths, initial=0).view(-1, 2)
-    chosen, rejected = means.unbind(1)
-    return chosen, rejected, job.objective(chosen, rejected)
-
-
-def _coefficients(job: Job, logps: Tensor, pairs: slice, scores: slice) -> Tensor:
-    """``g = d loss / d logp`` of each score of a run of whole pairs."""
-    of = job.scores
-    lengths = of.segment_lengths[2 * pairs.start : 2 * pairs.stop]
-    weights = of.answer_weight[scores]
-    _, _, terms = _pair_terms(job, logps, lengths, weights)
-    share = of.pair_valid[pairs].to(logps.dtype) / max(of.valid_pairs, 1)
-    per_sequence = (torch.stack([terms.grad_chosen, terms.grad_rejected], 1) * share[:, None]).view(-1)
-    per_score = torch.repeat_interleave(per_sequence, lengths, output_size=logps.numel())
-    return per_score * weights - job.nll_weight * of.nll_weight[scores]
-
-
 def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Losses, Grads]:
     """The loss over ``hidden [rows, H]``, its parts, and the gradients ``job.needs`` asks for."""
     head = Head(weight, bias, job.logit_scale, job.softcap)
     scores, plan, needs, backend = job.scores, job.plan, job.needs, job.backend
-    acc = acc_dtype(hidden.dtype)
-    logps = torch.empty(scores.count, dtype=acc, device=hidden.device)
-    logit_sums = torch.empty_like(logps) if head.softcap is not None else None
-
-    def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=grad_dtype(like.dtype)) if wanted and like is not None else None
-
-    grads = Grads(zeros(hidden, needs.hidden), None, None)
+    capped = head.softcap is not None
+    several = len(plan.groups) > 1
+    acc = acc_dtype(hidden.dtype) if several else None
+    grads = Grads(
+        _like_contiguous(hidden).zero_() if needs.hidden else None,
+        _like_contiguous(weight, acc) if needs.weight else None,
+        _like_contiguous(bias, acc) if needs.bias and bias is not None else None,
+    )
     if plan.name == "stash" and scores.count:
-        several = len(plan.groups) > 1
-        sums = [
-            _head_gradient(weight if needs.weight else None, acc if several else None),
-            _head_gradient(bias if needs.bias else None, acc if several else None),
-        ]
+        tables: list[PairTable] = []
+        logit_sums: list[Tensor | None] = []
         for group in plan.groups:
             part, pairs = slice(*group[2:]), slice(*group[:2])
             rows, targets = scores.rows[part], scores.targets[part]
-            some = hidden[rows]
             result = backend.forward(
-                some, targets, head, keep=True, unit=needs.hidden, logit_sum=logit_sums is not None
+                hidden, rows, targets, head, keep=True, unit=needs.hidden, logit_sum=capped, room=plan.room
             )
-            logps[part] = result.logps
-            if logit_sums is not None:
-                assert result.logit_sum is not None  # asked for, and there is a softcap
-                logit_sums[part] = result.logit_sum
-            g = _coefficients(job, result.logps, pairs, part)
-            if grads.hidden is not None and result.unit is not None:
-                _scatter(grads.hidden, rows, result.unit.mul_(g[:, None]), scores.shared_rows)
-            backend.grad_head(result, some, targets, head, g, *sums, accumulate=group.first_score > 0)
+            logit_sums.append(result.logit_sum)
+            tables.append(backend.pair_table(result.logps, scores, pairs, part, job.objective, job.nll_weight))
+            g = tables[-1].coefficients
+            if grads.hidden is not None:
+                backend.grad_hidden(
+                    result, rows, targets, head, g, grads.hidden, shared=scores.shared_rows, room=plan.room
+                )
+            backend.grad_head(
+                result, hidden, rows, targets, head, g, *grads[1:], accumulate=group.first_score > 0, room=plan.room
+            )
             del result  # E, before the next group's is allocated
-        grads = grads._replace(
-            weight=None if sums[0] is None else sums[0].to(grad_dtype(weight.dtype)),
-            bias=None if sums[1] is None or bias is None else sums[1].to(grad_dtype(bias.dtype)),
+        if several:
+            final = (None if g is None else g.to(grad_dtype(hidden.dtype)) for g in grads[1:])
+            grads = Grads(grads.hidden, *final)
+        table = PairTable(*(torch.cat(columns) for columns in zip(*tables, strict=True)))
+        return _losses(job, head, hidden, table, _joined(logit_sums)), grads
+
+    # Without E, d logp / d hidden is formed before the coefficients are known, which needs every score of a pair. It
+    # waits in the gradient itself, unless two scores share a row.
+    unit, places = grads.hidden, scores.rows
+    if unit is not None and scores.shared_rows:
+        unit = unit.new_empty((scores.count, hidden.shape[1]))
+        places = torch.arange(scores.count, device=unit.device)
+    result = _stream(
+        backend, hidden, scores.rows, scores.targets, head, unit=unit, places=places, logit_sum=capped, room=plan.room
+    )
+    every = slice(0, scores.pairs), slice(0, scores.count)
+    table = backend.pair_table(result.logps, scores, *every, job.objective, job.nll_weight)
+    g = table.coefficients
+    if grads.hidden is not None and unit is not None:
+        backend.scale_rows(unit, places, g)
+        if unit is not grads.hidden:
+            grads.hidden.index_add_(0, scores.rows, unit)  # two terms at most meet in a row: the order changes nothing
+            del unit
+    if needs.head:
+        backend.grad_head(
+            result, hidden, scores.rows, scores.targets, head, g, *grads[1:], accumulate=False, room=plan.room
         )
-    else:
-        some = hidden[scores.rows]
-        result = _stream(backend, some, scores.targets, head, unit=needs.hidden, logit_sum=logit_sums is not None)
-        logps = result.logps
-        logit_sums = result.logit_sum
-        if needs.hidden or needs.head:
-            g = _coefficients(job, logps, slice(0, scores.pairs), slice(0, scores.count))
-            if grads.hidden is not None and result.unit is not None:
-                _scatter(grads.hidden, scores.rows, result.unit.mul_(g[:, None]), scores.shared_rows)
-            if needs.head:
-                grad_weight = _head_gradient(weight if needs.weight else None, None)
-                grad_bias = _head_gradient(bias if needs.bias else None, None)
-                backend.grad_head(result, some, scores.targets, head, g, grad_weight, grad_bias, accumulate=False)
-                grads = grads._replace(weight=grad_weight, bias=grad_bias)
-    return _losses(job, head, hidden, logps, logit_sums), grads
+    return _losses(job, head, hidden, table, result.logit_sum), grads
 
 
-def _head_gradient(like: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """Room that ``grad_head`` writes whole."""
-    return None if like is None else torch.empty_like(like, dtype=dtype or grad_dtype(like.dtype))
+def _like_contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a gradient, in the dtype it waits in unless told."""
+    return torch.empty_like(tensor, dtype=dtype or grad_dtype(tensor.dtype), memory_format=torch.contiguous_format)
 
 
-def _scatter(out: Tensor, rows: Tensor, values: Tensor, shared: bool) -> None:
-    """``out[rows] += values`` into zeros. Two terms at most meet in a row, so their order cannot change the sum."""
-    values = values.to(out.dtype)
-    if shared:
-        out.index_add_(0, rows, values)
-    else:
-        out.index_copy_(0, rows, values)
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None
 
 
-def _stream(backend: Backend, hidden: Tensor, targets: Tensor, head: Head, *, unit: bool, logit_sum: bool) -> Forward:
-    """``backend.forward`` over chunks of rows without a kept E; ``unit`` comes in the dtype of hidden's gradient."""
-    units = torch.empty_like(hidden, dtype=grad_dtype(hidden.dtype)) if unit else None
+def _stream(
+    backend: Backend, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, unit: Tensor | None = None,
+    places: Tensor | None = None, logit_sum: bool, room: int,
+) -> Forward:  # fmt: skip
+    """``backend.forward`` over chunks of rows, without E; ``unit[places]`` becomes d logp / d hidden."""
+    step = backend.rows_at_once(hidden.shape[1], room)
     parts: list[Forward] = []
-    for start in range(0, max(hidden.shape[0], 1), STREAM_ROWS):
-        rows = slice(start, start + STREAM_ROWS)
-        part = backend.forward(hidden[rows], targets[rows], head, keep=False, unit=unit, logit_sum=logit_sum)
-        if units is not None and part.unit is not None:
-            units[rows] = part.unit
+    for start in range(0, max(rows.numel(), 1), step):
+        of = slice(start, start + step)
+        part = backend.forward(
+            hidden, rows[of], targets[of], head, keep=False, unit=unit is not None, logit_sum=logit_sum, room=room
+        )
+        if unit is not None and places is not None:
+            backend.grad_hidden(part, places[of], targets[of], head, None, unit, shared=False, room=room)
         parts.append(part._replace(unit=None))
-    sums = [part.logit_sum for part in parts if part.logit_sum is not None]
     return Forward(
         logps=torch.cat([part.logps for part in parts]),
         shift=torch.cat([part.shift for part in parts]),
         inverse=torch.cat([part.inverse for part in parts]),
         entry=torch.cat([part.entry for part in parts]),
-        unit=units,
+        unit=None,
         exps=None,
-        logit_sum=torch.cat(sums) if sums else None,
+        logit_sum=_joined([part.logit_sum for part in parts]),
     )
 
 
-def _losses(job: Job, head: Head, hidden: Tensor, logps: Tensor, logit_sums: Tensor | None) -> Losses:
-    scores = job.scores
-    chosen, rejected, terms = _pair_terms(job, logps, scores.segment_lengths, scores.answer_weight)
-    share = scores.pair_valid.to(logps.dtype) / max(scores.valid_pairs, 1)
+def _losses(job: Job, head: Head, hidden: Tensor, table: PairTable, logit_sums: Tensor | None) -> Losses:
     # A mean that rounds to 0 is moved off it, so that 0 says "no token" and nothing else.
-    chosen, rejected = (torch.where(scores.pair_valid, m.clamp(max=CHOSEN_BOUND), m) for m in (chosen, rejected))
-    nll = -(logps * scores.nll_weight).sum()
-    odds = (terms.loss * share).sum()
+    valid = job.scores.pair_valid
+    chosen, rejected = (torch.where(valid, m.clamp(max=CHOSEN_BOUND), m) for m in (table.chosen, table.rejected))
+    nll, odds, log_sigmoid, log_odds = torch.stack(table[2:6]).sum(1).unbind()
     means = _logit_means(job, head, hidden, logit_sums)
     return Losses(
         loss=job.nll_weight * nll + odds,
@@ -189,8 +175,8 @@ def _losses(job: Job, head: Head, hidden: Tensor, logps: Tensor, logit_sums: Ten
         odds_ratio_loss=odds,
         chosen_logps=chosen,
         rejected_logps=rejected,
-        log_odds_ratio=(torch.nn.functional.logsigmoid(terms.log_odds) * share).sum(),
-        log_odds_chosen=(terms.log_odds * share).sum(),
+        log_odds_ratio=log_sigmoid,
+        log_odds_chosen=log_odds,
         chosen_logits_mean=means[0],
         rejected_logits_mean=means[1],
     )
@@ -204,14 +190,14 @@ def _logit_means(job: Job, head: Head, hidden: Tensor, logit_sums: Tensor | None
     scores = job.scores
     acc = acc_dtype(hidden.dtype)
     sides = torch.arange(2, device=hidden.device).repeat(scores.pairs)
-    side = torch.repeat_interleave(sides, scores.segment_lengths, output_size=scores.count)
+    side = torch.repeat_interleave(sides, scores.offsets.diff(), output_size=scores.count)
     member = torch.nn.functional.one_hot(side, 2).T.to(acc)  # [2, N]
     counts = member.sum(1).clamp(min=1)
     if logit_sums is not None:
         return member @ logit_sums / (counts * head.vocab)
     rows = torch.zeros((2, hidden.shape[1]), dtype=acc, device=hidden.device)
-    for start in range(0, scores.count, STREAM_ROWS):
-        part = slice(start, start + STREAM_ROWS)
+    for start in range(0, scores.count, MEAN_ROWS):
+        part = slice(start, start + MEAN_ROWS)
         rows += member[:, part] @ hidden[scores.rows[part]].to(acc)
     return _centre_logit(job.backend, rows / counts[:, None], head) * (member.sum(1) > 0)
 
@@ -231,8 +217,9 @@ def mean_logit(backend: Backend, hidden: Tensor, head: Head) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         if head.softcap is None:
             return _centre_logit(backend, hidden.mean(0, keepdim=True, dtype=acc_dtype(hidden.dtype)), head)[0]
-        anything = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        result = _stream(backend, hidden, anything, head, unit=False, logit_sum=True)
+        every = torch.arange(hidden.shape[0], device=hidden.device)
+        room = room_of(None, backend)
+        result = _stream(backend, hidden, every, torch.zeros_like(every), head, logit_sum=True, room=room)
     assert result.logit_sum is not None  # asked for, and there is a softcap
     return result.logit_sum.mean() / head.vocab
 
@@ -264,11 +251,10 @@ class OrpoFunction(torch.autograd.Function):
             with torch.autocast(grad_loss.device.type, enabled=False):
                 hidden, weight, bias = inputs
                 _, grads = run_orpo(ctx.job, hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        untouched = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0  # a host read costs nothing here
         out = []
         for grad, like in zip(grads, inputs, strict=True):
-            if grad is not None and not untouched:
-                grad.mul_(grad_loss)
+            if grad is not None:
+                ctx.job.backend.scale(grad, grad_loss)
             out.append(_like(grad, like))
         return *out, None
 
@@ -284,36 +270,49 @@ class LogprobsJob:
     softcap: float | None
     needs: Needs
     backend: Backend
+    room: int  # bytes of scratch
 
 
-def run_logprobs(job: LogprobsJob, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Forward]:
-    """Log-probabilities ``[positions]`` from ``hidden [positions, H]``, and what their backward needs."""
+def run_logprobs(
+    job: LogprobsJob, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Forward]:
+    """Log-probabilities ``[positions]`` from ``hidden [positions, H]``, and what their backward needs.
+
+    That is d logp / d hidden ``[N, H]`` and a ``Forward`` without E.
+    """
+    hidden = hidden.detach()
     head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
+    unit = places = None
+    if job.needs.hidden:
+        unit = hidden.new_empty((job.rows.numel(), hidden.shape[1]), dtype=grad_dtype(hidden.dtype))
+        places = torch.arange(job.rows.numel(), device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         result = _stream(
-            job.backend, hidden.detach()[job.rows], job.targets, head, unit=job.needs.hidden, logit_sum=False
+            job.backend, hidden, job.rows, job.targets, head, unit=unit, places=places, logit_sum=False, room=job.room
         )
-    return result.logps.new_zeros(job.positions).index_copy_(0, job.rows, result.logps), result
+    return result.logps.new_zeros(job.positions).index_copy_(0, job.rows, result.logps), unit, result
 
 
 def logprobs_grads(
-    job: LogprobsJob, result: Forward, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> Grads:
+    job: LogprobsJob, unit: Tensor | None, result: Forward, grad: Tensor, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None,
+) -> Grads:  # fmt: skip
     """Gradients for the upstream gradient ``grad [positions]``, in the dtypes of the inputs."""
-    g = grad[job.rows]
+    hidden, g = hidden.detach(), grad[job.rows]
     grads = Grads(
         None,
-        _head_gradient(weight if job.needs.weight else None, None),
-        _head_gradient(bias if job.needs.bias else None, None),
+        _like_contiguous(weight) if job.needs.weight else None,
+        _like_contiguous(bias) if job.needs.bias and bias is not None else None,
     )
-    if result.unit is not None:
-        scaled = (g[:, None] * result.unit).to(hidden.dtype)
-        grads = grads._replace(hidden=torch.zeros_like(hidden).index_copy_(0, job.rows, scaled))
-    if job.needs.head:
-        head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
-        with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
+        if unit is not None:
+            of_hidden = _like_contiguous(hidden).zero_().index_copy_(0, job.rows, unit)
+            job.backend.scale_rows(of_hidden, job.rows, g)
+            grads = grads._replace(hidden=of_hidden)
+        if job.needs.head:
+            head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
             job.backend.grad_head(
-                result, hidden.detach()[job.rows], job.targets, head, g, grads.weight, grads.bias, accumulate=False
+                result, hidden, job.rows, job.targets, head, g, *grads[1:], accumulate=False, room=job.room
             )
     return Grads(*(_like(found, tensor) for found, tensor in zip(grads, (hidden, weight, bias), strict=True)))
 
@@ -332,17 +331,16 @@ class LogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LogprobsJob) -> Tensor:
-        logps, result = run_logprobs(job, hidden, weight, bias)
+        logps, unit, result = run_logprobs(job, hidden, weight, bias)
         ctx.job = job
-        # The gathered rows are not kept: hidden is alive in the graph anyway, and gathering again is cheap.
-        ctx.save_for_backward(hidden, weight, bias, *result)
+        ctx.save_for_backward(hidden, weight, bias, unit, *result)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *result = ctx.saved_tensors
-        return *logprobs_grads(ctx.job, Forward(*result), grad, hidden, weight, bias), None
+        hidden, weight, bias, unit, *result = ctx.saved_tensors
+        return *logprobs_grads(ctx.job, unit, Forward(*result), grad, hidden, weight, bias), None
 
 
 def warn_skipped(scores: Scores) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orpo_kernels import compiled
 from orpo_kernels.engine import LogprobsFunction, Losses, OrpoFunction, warn_skipped
 from orpo_kernels.plan import Plan
-from orpo_kernels.prepare import check_workspace, needs_of, prepare_logprobs, prepare_orpo
+from orpo_kernels.prepare import needs_of, prepare_logprobs, prepare_orpo
 
 P = ParamSpec("P")
 
@@ -195,7 +195,7 @@ def linear_logprobs(
         softcap: the softcap c, or None.
         ignore_index: the label of positions that do not count.
         backend: "auto", or a backend's name.
-        workspace_bytes: as for ``orpo_loss``; no plan of this function holds E, so every positive bound is kept.
+        workspace_bytes: bound on the slices of E on a GPU, 1 GiB unless told; on a CPU they live in the cache.
 
     Returns:
         The shape of labels, float32 (float64 for float64 inputs), nats, 0 where ignored.
@@ -209,11 +209,10 @@ def linear_logprobs(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     if torch.compiler.is_compiling():
         one_operator: Tensor = compiled.logprobs(
-            hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend
+            hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, workspace_bytes
         )
         return one_operator
-    check_workspace(workspace_bytes)
-    job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend)
+    job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, workspace_bytes)
     out: Tensor = LogprobsFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
     return out.view(labels.shape)
 

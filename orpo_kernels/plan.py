@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from orpo_kernels.backends import Backend
+
 # E of about 4,000 scores at a vocabulary of 128,256 in bfloat16: large enough that the accumulation of the weight's
 # gradient over chunks is rare, small beside the activations of any model with such a head.
 DEFAULT_WORKSPACE = 1 << 30
@@ -53,13 +57,15 @@ class Plan:
     positions: int
     kept_bytes: int  # E kept for the weight's product, of the largest group
     accumulator_bytes: int  # float32 sum of the weight's gradient over several groups
+    scratch_bytes: int  # tiles that do not live in a cache, and copies of rows
+    room: int  # bytes of scratch the backend may hold
     reason: str
     backend: str
 
     @property
     def bytes(self) -> int:
         """Beyond inputs and returned gradients, without the tiles that stay in cache."""
-        return self.kept_bytes + self.accumulator_bytes
+        return self.kept_bytes + self.accumulator_bytes + self.scratch_bytes
 
     def __str__(self) -> str:
         share = f"{self.scores / self.positions:.0%}" if self.positions else "0%"
@@ -77,11 +83,11 @@ def choose(
     *,
     vocab: int,
     features: int,
-    kept_itemsize: int,  # bytes of one entry of E
+    dtype: torch.dtype,  # of hidden and weight
     accumulates_in_place: bool,  # the returned gradient has the accumulation dtype and serves as its own accumulator
     workspace_bytes: int | None,
     positions: int,
-    backend: str,
+    backend: Backend,
 ) -> Plan:
     """Pick the plan with the fewest mm that keeps to the workspace.
 
@@ -92,18 +98,25 @@ def choose(
     whole = Group(0, len(pair_sizes), 0, scores)
     accumulator = 0 if accumulates_in_place else 4 * vocab * features
     limit = DEFAULT_WORKSPACE + accumulator if workspace_bytes is None else workspace_bytes
-    column = vocab * kept_itemsize  # E of one score
+    column = vocab * backend.kept_itemsize(dtype)  # E of one score
+    least = backend.least_room
 
     def plan(name: str, mm: int, reason: str, groups: tuple[Group, ...] = (whole,), kept: int = 0) -> Plan:
-        return Plan(name, mm, groups, scores, positions, kept, accumulator if len(groups) > 1 else 0, reason, backend)
+        sums = accumulator if len(groups) > 1 else 0
+        if kept:
+            room, scratch = max(limit - kept - sums, least), least
+        else:
+            room = room_of(workspace_bytes, backend)
+            scratch = backend.scratch_bytes(scores, vocab, features, dtype, room)
+        return Plan(name, mm, groups, scores, positions, kept, sums, scratch, room, reason, backend.name)
 
     if not needs.hidden and not needs.head:
         return plan("score", 1, "nothing needs a gradient")
     if not needs.head:
         return plan("frozen", 2, "the head is frozen, so only hidden's product remains and E never leaves a tile")
-    if scores * column <= limit:
+    if scores * column + least <= limit:
         return plan("stash", 3, "E of all pairs fits the workspace", kept=scores * column)
-    room = limit - accumulator
+    room = limit - accumulator - least
     if max(pair_sizes) * column <= room:
         groups = _whole_pairs(pair_sizes, room // column)
         kept = max(group.last_score - group.first_score for group in groups) * column
@@ -115,6 +128,11 @@ def choose(
         f"({accumulator / 2**20:.0f} MiB) do not fit {limit / 2**20:.0f} MiB, so the weight's gradient is written "
         "slice by slice from recomputed tiles",
     )
+
+
+def room_of(workspace_bytes: int | None, backend: Backend) -> int:
+    """Bytes of scratch for a pass that keeps no E: the workspace, or 1 GiB, and what the backend needs anyway."""
+    return max(DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes, backend.least_room)
 
 
 def _whole_pairs(sizes: Sequence[int], most: int) -> tuple[Group, ...]:

@@ -9,7 +9,7 @@ from orpo_kernels import checks
 from orpo_kernels.backends import acc_dtype, select
 from orpo_kernels.engine import Job, LogprobsJob, grad_dtype
 from orpo_kernels.objective import OddsRatio
-from orpo_kernels.plan import Needs, choose
+from orpo_kernels.plan import Needs, choose, room_of
 from orpo_kernels.scores import logprob_scores, orpo_scores
 
 
@@ -84,11 +84,11 @@ def prepare_orpo(
         scores.pair_sizes,
         vocab=weight.shape[0],
         features=weight.shape[1],
-        kept_itemsize=chosen_backend.kept_itemsize(hidden.dtype),
+        dtype=hidden.dtype,
         accumulates_in_place=grad_dtype(hidden.dtype) == acc_dtype(hidden.dtype),
         workspace_bytes=workspace_bytes,
         positions=flat.numel(),
-        backend=chosen_backend.name,
+        backend=chosen_backend,
     )
     return Job(
         scores=scores,
@@ -111,12 +111,15 @@ def prepare_logprobs(
     softcap: float | None,
     ignore_index: int,
     backend: str,
+    workspace_bytes: int | None = None,
     needs: Needs | None = None,
 ) -> LogprobsJob:
     """Everything of ``linear_logprobs`` before the first product; ``needs`` as for ``prepare_orpo``."""
     checks.check_head(hidden, weight, bias, logit_scale, softcap)
     checks.check_labels("labels", labels, hidden, expected=hidden.shape[:-1])
+    check_workspace(workspace_bytes)
     rows, targets = logprob_scores(labels.long(), weight.shape[0], ignore_index)
+    chosen_backend = select(backend, hidden.device, hidden.dtype)
     return LogprobsJob(
         rows=rows,
         targets=targets,
@@ -124,5 +127,6 @@ def prepare_logprobs(
         logit_scale=float(logit_scale),
         softcap=softcap,
         needs=needs or needs_of(hidden, weight, bias),
-        backend=select(backend, hidden.device, hidden.dtype),
+        backend=chosen_backend,
+        room=room_of(workspace_bytes, chosen_backend),
     )

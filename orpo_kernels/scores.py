@@ -42,7 +42,7 @@ class Scores:
     targets: Tensor  # [N] int64, in [0, V)
     nll_weight: Tensor  # [N] accumulation dtype; NLL = -sum(nll_weight * logps)
     answer_weight: Tensor  # [N] accumulation dtype, 1 / n_s in the answer of sequence s, else 0
-    segment_lengths: Tensor  # [2P] int64, scores of chosen 0, rejected 0, chosen 1, ...
+    offsets: Tensor  # [2P + 1] int64, where the scores of chosen 0, rejected 0, chosen 1, ... begin
     pair_valid: Tensor  # [P] bool, both answers have a token
     pair_sizes: tuple[int, ...]  # scores of each pair, on the host: the planner cuts by it
     valid_pairs: int
@@ -128,7 +128,7 @@ def orpo_scores(
         targets=targets,
         nll_weight=nll_share[owner] * is_nll,
         answer_weight=answer_share[owner] * is_answer,
-        segment_lengths=score_counts[by_segment],
+        offsets=F.pad(score_counts[by_segment].cumsum(0), (1, 0)),
         pair_valid=(answer_counts[:pairs] > 0) & (answer_counts[pairs:] > 0),
         pair_sizes=tuple(a + b for a, b in zip(sizes[:pairs], sizes[pairs:], strict=True)),
         valid_pairs=sum(1 for a, b in zip(answers[:pairs], answers[pairs:], strict=True) if a and b),

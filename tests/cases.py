@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from orpo_kernels import OrpoOutput, orpo_loss, reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Without a GPU the Triton kernels run in Triton's interpreter, which multiplies bfloat16 and float16 wrongly.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float32,)
+RUNS = [("torch", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
+RUNS += [("triton", dtype) for dtype in TRITON_DTYPES]
+every_run = pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=lambda value: str(value).removeprefix("torch."))
 
 # The floors of the comparison: what the rounding of inputs and results alone can amount to.
 VALUE_FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -36,6 +44,7 @@ class Case:
     labels: Tensor
     bias: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -54,7 +63,8 @@ class Case:
         return replace(self, hidden=hidden, weight=weight, bias=cast(self.bias))
 
     def ours(self, **options: Any) -> OrpoOutput:
-        return orpo_loss(self.hidden, self.weight, self.labels, bias=self.bias, **{**self.options, **options})
+        options = {"backend": self.backend, **self.options, **options}
+        return orpo_loss(self.hidden, self.weight, self.labels, bias=self.bias, **options)
 
     def reference(self) -> dict[str, Tensor]:
         return reference.orpo_loss(self.hidden, self.weight, self.labels, bias=self.bias, **self.options)
@@ -92,10 +102,10 @@ def make(
     labels[torch.rand(labels.shape, generator=generator) > keep] = -100
     labels[:, 0] = torch.randint(0, vocab, (2 * pairs,), generator=generator)
     return Case(
-        hidden.to(dtype).requires_grad_(),
-        weight.to(dtype).requires_grad_(),
-        labels,
-        normal(vocab).to(dtype).requires_grad_() if bias else None,
+        hidden.to(DEVICE, dtype).requires_grad_(),
+        weight.to(DEVICE, dtype).requires_grad_(),
+        labels.to(DEVICE),
+        normal(vocab).to(DEVICE, dtype).requires_grad_() if bias else None,
         options,
     )
 

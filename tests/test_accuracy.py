@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels import engine, explain, linear_logprobs, orpo_loss, reference
-from orpo_kernels.backends import torch_backend as backend
-from tests.cases import GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, check, make, relative
+from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
+from orpo_kernels.backends import torch_backend
+from orpo_kernels.backends.triton_backend import TritonBackend
+from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, check, every_run, make, relative
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
@@ -27,28 +27,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_run
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_matches_float64(variant: str, dtype: torch.dtype) -> None:
-    check(make(dtype, **VARIANTS[variant]))
+def test_matches_float64(variant: str, backend: str, dtype: torch.dtype) -> None:
+    check(make(dtype, **VARIANTS[variant]), backend=backend)
 
 
+@every_run
 @pytest.mark.parametrize("confidence", [-1.0, 0.0, 0.4, 0.8, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_regime_of_confidence(dtype: torch.dtype, confidence: float) -> None:
-    check(make(dtype, features=64, vocab=3000, confidence=confidence, nll_weight=1.0))
+def test_every_regime_of_confidence(backend: str, dtype: torch.dtype, confidence: float) -> None:
+    check(make(dtype, features=64, vocab=3000, confidence=confidence, nll_weight=1.0), backend=backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_separate_nll_labels(dtype: torch.dtype) -> None:
+@every_run
+def test_separate_nll_labels(backend: str, dtype: torch.dtype) -> None:
     """Prompt and answer as TRL has it, other targets on the same rows, and the chosen half alone."""
     case = make(dtype, pairs=3)
     generator = torch.Generator().manual_seed(1)
-    prompt_too = torch.randint(0, 500, case.labels.shape, generator=generator)
+    prompt_too = torch.randint(0, 500, case.labels.shape, generator=generator).to(DEVICE)
     agreeing = torch.where(case.labels == -100, prompt_too, case.labels)
     for nll_labels in (agreeing, prompt_too, agreeing[:3]):
-        case.options["nll_labels"] = nll_labels
-        check(case)
+        for workspace in (None, 1):
+            case.options["nll_labels"] = nll_labels
+            check(case, backend=backend, workspace_bytes=workspace)
 
 
 @settings(max_examples=40, deadline=None)
@@ -73,27 +74,30 @@ def test_any_shape_and_any_chunking(
         softcap=softcap, bias=bias,
     )  # fmt: skip
     # Small tiles and chunks, so that small inputs have many of each.
-    with mock.patch.object(backend, "TILE_ROWS", (64, 64)), mock.patch.object(engine, "STREAM_ROWS", 7):
-        check(case, workspace_bytes=workspace)
+    with mock.patch.object(torch_backend, "TILE_ROWS", (64, 64)), mock.patch.object(torch_backend, "STREAM_ROWS", 7):
+        check(case, backend="torch", workspace_bytes=workspace)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_plan_gives_the_same_result(dtype: torch.dtype) -> None:
-    case = make(dtype, pairs=6, vocab=6000, features=16, bias=True)
+@every_run
+def test_every_plan_gives_the_same_result(backend: str, dtype: torch.dtype) -> None:
+    case = make(dtype, pairs=6, vocab=3000, features=16, bias=True)
     plans = {}
-    for workspace in (None, 750_000, 1):
-        plan = explain(case.hidden, case.weight, case.labels, bias=case.bias, workspace_bytes=workspace)
-        plans[plan.name, len(plan.groups) > 1] = None
-        check(case, workspace_bytes=workspace)
+    column = 3000 * (2 if dtype == torch.bfloat16 else 4 if dtype != torch.float64 else 8)
+    with mock.patch.object(TritonBackend, "least_room", 0):
+        for workspace in (None, 4 * 3000 * 16 + 20 * column, 1):
+            options = {"workspace_bytes": workspace, "backend": backend}
+            plan = explain(case.hidden, case.weight, case.labels, bias=case.bias, **options)
+            plans[plan.name, len(plan.groups) > 1] = None
+            check(case, **options)
     assert set(plans) == {("stash", False), ("stash", True), ("recompute", False)}
 
 
 def test_packed_is_padded() -> None:
     case = make(torch.float64, pairs=3, length=8, bias=True)
-    lengths = torch.tensor([5, 8, 1, 0, 7, 3])
+    lengths = torch.tensor([5, 8, 1, 0, 7, 3], device=DEVICE)
     for sequence, length in enumerate(lengths):
         case.labels[sequence, length:] = -100
-    kept = torch.arange(8) < lengths[:, None]
+    kept = torch.arange(8, device=DEVICE) < lengths[:, None]
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     packed = Case(case.hidden[kept], case.weight, case.labels[kept], case.bias, {"cu_seqlens": offsets.int()})
     with pytest.warns(UserWarning, match="1 of 3 pairs"):
@@ -117,19 +121,19 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(logps, tuple(case.tensors.values()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_run
 @pytest.mark.parametrize("variant", ["plain", "bias", "softcap", "scale"])
-def test_linear_logprobs_with_any_upstream_gradient(variant: str, dtype: torch.dtype) -> None:
+def test_linear_logprobs_with_any_upstream_gradient(variant: str, backend: str, dtype: torch.dtype) -> None:
     case = make(dtype, **VARIANTS[variant])
-    upstream = torch.randn(case.labels.shape, generator=torch.Generator().manual_seed(2))
+    upstream = torch.randn(case.labels.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
-    def run(of: Case, function: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logps = function(of.hidden, of.weight, of.labels, bias=of.bias, **of.options)
+    def run(of: Case, function: Any, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logps = function(of.hidden, of.weight, of.labels, bias=of.bias, **of.options, **options)
         return logps, of.grads((logps * upstream.to(logps.dtype)).sum())
 
     truth, truth_grads = run(case.to(torch.float64), reference.linear_logprobs)
     naive, naive_grads = run(case, reference.linear_logprobs)
-    ours, grads = run(case, linear_logprobs)
+    ours, grads = run(case, linear_logprobs, backend=backend)
     assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (ours[case.labels == -100] == 0).all()
     assert_as_accurate("logps", ours, naive, truth, VALUE_FLOOR[dtype])
@@ -148,9 +152,10 @@ def test_confident_model_keeps_its_precision() -> None:
     assert relative(ours, truth) < 0.2 * relative(naive, truth)
 
 
+@every_run
 @pytest.mark.parametrize("upstream", [0.25, 1.0, 3.0])
-def test_upstream_scale(upstream: float) -> None:
-    check(make(torch.bfloat16, bias=True), upstream)
+def test_upstream_scale(backend: str, dtype: torch.dtype, upstream: float) -> None:
+    check(make(dtype, bias=True), upstream, backend=backend)
 
 
 def test_float16_gradients_wait_for_the_loss_scale() -> None:
@@ -165,15 +170,16 @@ def test_float16_gradients_wait_for_the_loss_scale() -> None:
         assert relative(grads[name], expected) < 5e-3, name
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("matters", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()])
-def test_only_the_gradients_asked_for(matters: tuple[str, ...]) -> None:
+def test_only_the_gradients_asked_for(matters: tuple[str, ...], backend: str) -> None:
     case = make(torch.float32, bias=True)
     for name, tensor in case.tensors.items():
         tensor.requires_grad_(name in matters)
     plan = explain(case.hidden, case.weight, case.labels, bias=case.bias)
     assert plan.name == {(): "score", ("hidden",): "frozen"}.get(matters, "stash")
     if matters:
-        check(case)
+        check(case, backend=backend)
     else:
-        assert not case.ours().loss.requires_grad
-        torch.testing.assert_close(case.ours().loss, case.reference()["loss"])
+        assert not case.ours(backend=backend).loss.requires_grad
+        torch.testing.assert_close(case.ours(backend=backend).loss, case.reference()["loss"])

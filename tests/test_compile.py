@@ -71,5 +71,5 @@ def test_operators_are_well_formed() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.orpo_kernels.orpo_loss, (*inputs, *options), test_utils=tests)
     torch.library.opcheck(
-        torch.ops.orpo_kernels.linear_logprobs, (*inputs, case.bias, 1.0, None, -100, "auto"), test_utils=tests
+        torch.ops.orpo_kernels.linear_logprobs, (*inputs, case.bias, 1.0, None, -100, "auto", None), test_utils=tests
     )

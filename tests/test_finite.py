@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logprobs, orpo_loss, reference
-from tests.cases import Case, check, make, relative
+from tests.cases import DEVICE, Case, check, every_run, make, relative
 
 
 def assert_finite(case: Case, **options: object) -> None:
@@ -55,10 +55,10 @@ def test_single_tokens() -> None:
     check(make(torch.float32, pairs=1, length=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_run
 @pytest.mark.parametrize("side", ["chosen", "rejected", "both"])
 @pytest.mark.parametrize("gap", [10.0, 30.0, 100.0])
-def test_probability_one(dtype: torch.dtype, side: str, gap: float) -> None:
+def test_probability_one(backend: str, dtype: torch.dtype, side: str, gap: float) -> None:
     """The label's logit ``gap`` nats above all others, on either side."""
     case = make(torch.float32, features=8, vocab=50, keep=1.0)
     weight = torch.randn(50, 8) * 0.01
@@ -69,7 +69,8 @@ def test_probability_one(dtype: torch.dtype, side: str, gap: float) -> None:
     case.labels[sure] = 7
     hidden = case.hidden.detach().clone()
     hidden[..., 0] = 1.0
-    case = Case(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), case.labels)
+    case = Case(hidden.to(dtype).requires_grad_(), weight.to(DEVICE, dtype).requires_grad_(), case.labels)
+    case.backend = backend
     assert_finite(case)
     assert (case.ours().chosen_logps < 0).all()  # 0 would say that the answer has no token
     if gap > 80:
@@ -83,13 +84,16 @@ def test_probability_one(dtype: torch.dtype, side: str, gap: float) -> None:
             assert relative(case.grads(case.ours().loss)[name], expected) < 1e-2, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_run
 @pytest.mark.parametrize("below", [70.0, 85.0, 120.0, 400.0])
 @pytest.mark.parametrize("workspace", [None, 1])
 @pytest.mark.parametrize("rows", ["one", "all"])
-def test_labels_far_below_the_best_logit(dtype: torch.dtype, below: float, workspace: int | None, rows: str) -> None:
+def test_labels_far_below_the_best_logit(
+    backend: str, dtype: torch.dtype, below: float, workspace: int | None, rows: str
+) -> None:
     case = make(dtype, features=64, vocab=300, keep=1.0, bias=True)
-    direction = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(3)), dim=0)
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    direction = torch.nn.functional.normalize(direction, dim=0)
     with torch.no_grad():
         hidden = case.hidden.float()
         hidden -= (hidden @ direction)[..., None] * direction
@@ -97,15 +101,18 @@ def test_labels_far_below_the_best_logit(dtype: torch.dtype, below: float, works
         case.hidden.copy_(hidden)
         case.weight[7] = below * direction
         case.labels[case.labels == 7] = 8
+    case.backend = backend
     assert_finite(case, workspace_bytes=workspace)
     check(case, workspace_bytes=workspace)
 
 
-def test_far_below_under_a_softcap() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_far_below_under_a_softcap(backend: str) -> None:
     case = make(torch.float32, features=8, vocab=300, keep=1.0, softcap=50.0)
+    case.backend = backend
     with torch.no_grad():
-        case.weight[7, 0] = 1000.0
-        case.weight[8, 0] = -1000.0
+        case.weight[7, 0] = 300.0
+        case.weight[8, 0] = -300.0
         case.hidden[..., 0] = 1.0
         case.labels.fill_(8)
     assert_finite(case)

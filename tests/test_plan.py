@@ -10,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from orpo_kernels import explain, linear_logprobs
+from orpo_kernels.backends.torch_backend import TorchBackend
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Group, Needs, choose
 from tests.cases import make
 
 LLAMA: dict[str, Any] = {
-    "vocab": 128256, "features": 4096, "kept_itemsize": 2, "accumulates_in_place": False, "positions": 0,
-    "backend": "torch",
+    "vocab": 128256, "features": 4096, "dtype": torch.bfloat16, "accumulates_in_place": False, "positions": 0,
+    "backend": TorchBackend(),
 }  # fmt: skip
 ALL = Needs(True, True, False)
 ACCUMULATOR = 4 * 128256 * 4096
@@ -50,7 +51,7 @@ def test_groups_are_whole_pairs_in_order() -> None:
 
 
 def test_a_float32_head_needs_no_accumulator() -> None:
-    several = plan([4000] * 4, kept_itemsize=4, accumulates_in_place=True, workspace=4000 * 4 * 128256)
+    several = plan([4000] * 4, dtype=torch.float32, accumulates_in_place=True, workspace=4000 * 4 * 128256)
     assert (several.name, len(several.groups), several.accumulator_bytes) == ("stash", 4, 0)
 
 

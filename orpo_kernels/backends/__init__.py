@@ -5,12 +5,15 @@ A backend says in one place why it cannot take a call; ``select`` takes the firs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.scores import Head
+from orpo_kernels.objective import PairTerms
+from orpo_kernels.pairs import PairTable
+from orpo_kernels.scores import Head, Scores
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,21 +22,27 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Forward(NamedTuple):
-    """One chunk of n scores after the first product. Tensors of ``[n]`` have the accumulation dtype."""
+    """Scores after the first product. Tensors of ``[n]`` have the accumulation dtype."""
 
     logps: Tensor  # [n] nats
     shift: Tensor  # [n], what each row's logits were shifted by
     inverse: Tensor  # [n], r = 1 / (exp(z_y - shift) + S), S = sum of exp(z - shift) over v != y
     entry: Tensor  # [n], what stands at the label's place in E: -S, times the softcap's slope at the label
-    unit: Tensor | None  # [n, H] d logp / d hidden, where asked for
+    unit: Tensor | None  # the backend's own form of d logp / d hidden, where asked for and not to be had from exps
     exps: Tensor | None  # backend's own layout of E, where asked for
     logit_sum: Tensor | None  # [n] sum of the capped logits over V, under a softcap where asked for
 
 
 class Backend(Protocol):
-    """What the engine calls. ``n`` scores, ``H`` features, ``V`` tokens."""
+    """What the engine calls. ``n`` scores, ``H`` features, ``V`` tokens.
+
+    ``hidden [rows, H]`` comes whole; ``rows [n]`` says which of its rows the scores ``targets [n]`` belong to.
+    ``room`` is how many bytes of scratch a call may hold beside inputs, kept E and results.
+    """
 
     name: str
+    tuned_for: str  # the device type on which "auto" prefers it
+    least_room: int  # bytes of scratch it needs beside a kept E
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take such inputs, as a sentence, or None."""
@@ -43,19 +52,68 @@ class Backend(Protocol):
         """Bytes of one entry of a kept E for inputs of ``dtype``."""
         ...
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool
-    ) -> Forward:
-        """Log-probabilities of ``targets [n]`` given ``hidden [n, H]``, and what the backward needs.
+    def rows_at_once(self, features: int, room: int) -> int:
+        """Scores of one ``forward`` that keeps no E."""
+        ...
 
-        ``keep`` asks for E, ``unit`` for d logp / d hidden, ``logit_sum`` for the row sums of capped logits.
+    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int) -> int:
+        """What a pass over n scores that keeps no E holds, but for tiles that live in a cache."""
+        ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        head: Head,
+        *,
+        keep: bool,
+        unit: bool,
+        logit_sum: bool,
+        room: int,
+    ) -> Forward:
+        """Log-probabilities of ``targets``, and what the backward needs.
+
+        ``keep`` asks for E, ``unit`` for what ``grad_hidden`` needs, ``logit_sum`` for the row sums of capped logits.
         """
+        ...
+
+    def pair_table(
+        self,
+        logps: Tensor,
+        scores: Scores,
+        pairs: slice,
+        part: slice,
+        objective: Callable[[Tensor, Tensor], PairTerms],
+        nll_weight: float,
+    ) -> PairTable:
+        """``pairs.pair_table``."""
+        ...
+
+    def grad_hidden(
+        self,
+        result: Forward,
+        rows: Tensor,
+        targets: Tensor,
+        head: Head,
+        grad_logps: Tensor | None,
+        out: Tensor,
+        *,
+        shared: bool,
+        room: int,
+    ) -> None:
+        """``out[rows] = grad_logps * d logp / d hidden`` (added, if rows are ``shared``), once; None means ones."""
+        ...
+
+    def scale_rows(self, out: Tensor, rows: Tensor, factors: Tensor) -> None:
+        """``out[rows] *= factors`` in place; rows differ."""
         ...
 
     def grad_head(
         self,
         result: Forward,
         hidden: Tensor,
+        rows: Tensor,
         targets: Tensor,
         head: Head,
         grad_logps: Tensor,
@@ -63,11 +121,16 @@ class Backend(Protocol):
         grad_bias: Tensor | None,
         *,
         accumulate: bool,
+        room: int,
     ) -> None:
         """Write (or add, with ``accumulate``) the head's gradients for ``grad_logps [n]``.
 
-        Uses ``result.exps`` if kept and recomputes E tile by tile if not.
+        Uses ``result.exps`` if kept, for the last time, and computes E again tile by tile if not.
         """
+        ...
+
+    def scale(self, values: Tensor, by: Tensor) -> None:
+        """``values *= by`` in place for a scalar ``by``, at no cost where that is 1."""
         ...
 
     def column_mean(self, weight: Tensor) -> Tensor:
@@ -76,20 +139,26 @@ class Backend(Protocol):
 
 
 def available() -> tuple[Backend, ...]:
-    """Every backend, most wanted first."""
+    """Every backend. One more is a class and a line here."""
     from orpo_kernels.backends.torch_backend import TorchBackend
+    from orpo_kernels.backends.triton_backend import TritonBackend
 
-    return (TorchBackend(),)
+    return TritonBackend(), TorchBackend()
+
+
+def by_preference(device: torch.device) -> list[Backend]:
+    """Every backend, those tuned for such a device first."""
+    return sorted(available(), key=lambda backend: backend.tuned_for != device.type)
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called ``name``, or for "auto" the first that takes such inputs.
+    """The backend called ``name``, or for "auto" the first by preference that takes such inputs.
 
     Raises:
         ValueError: no such backend, or it refuses these inputs, with its reason.
     """
-    backends = available()
-    names = [backend.name for backend in backends]
+    backends = by_preference(device)
+    names = sorted(backend.name for backend in backends)
     if name != "auto" and name not in names:
         raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
     refusals: list[str] = []

@@ -28,14 +28,16 @@ one product if there is one chunk, else in float32 by chunk order. No atomics, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.backends import Forward, acc_dtype
-from orpo_kernels.scores import Head
+from orpo_kernels.objective import PairTerms
+from orpo_kernels.pairs import PairTable, pair_table
+from orpo_kernels.scores import Head, Scores
 
 # A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
 # Measured at n = 2697: slices of 2,048 rows (11 MB) are a little faster than 4,096, and 8,192 cost 1.7x.
@@ -57,6 +59,9 @@ PARTIAL_SUMS = 64
 # 367 and 492. A float32 product takes a transposed operand as it is.
 COPY_TRANSPOSED_FROM = 1024
 TRANSPOSE_BLOCK = 128
+# Scores of one pass where E is not kept. Each pass reads the whole head, so not too few; the float32 [H, n] sum of
+# hidden's product grows with them, so not too many.
+STREAM_ROWS = 4096
 
 # The memory of the last kept E on a CPU, by dtype, at most what the workspace allowed. The system hands out fresh pages
 # one fault at a time, which for the E of a head of 128,256 tokens costs 0.2 s of 1.6, and up to 1 s on a busy virtual
@@ -73,12 +78,20 @@ class TorchBackend:
     """See the module's docstring."""
 
     name = "torch"
+    tuned_for = "cpu"
+    least_room = 0  # its tiles live in the cache whatever the room, so it never asks how much there is
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
     def kept_itemsize(self, dtype: torch.dtype) -> int:
         return _compute_dtype(dtype).itemsize
+
+    def rows_at_once(self, features: int, room: int) -> int:
+        return STREAM_ROWS
+
+    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int) -> int:
+        return 0
 
     def column_mean(self, weight: Tensor) -> Tensor:
         acc = acc_dtype(weight.dtype)
@@ -89,10 +102,11 @@ class TorchBackend:
         return total / weight.shape[0]
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool
-    ) -> Forward:
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool,
+        room: int,
+    ) -> Forward:  # fmt: skip
         compute, acc = _compute_dtype(hidden.dtype), acc_dtype(hidden.dtype)
-        hidden = hidden.to(compute)
+        hidden = hidden[rows].to(compute)
         n, vocab = hidden.shape[0], head.vocab
         label_raw = _label_logits(hidden, targets, head, acc)
         label = head.cap(label_raw * head.logit_scale)
@@ -103,16 +117,16 @@ class TorchBackend:
 
         # One host sync on a GPU, free on a CPU; almost always there is no such row.
         rescued = torch.nonzero(~(total < RESCUE_ABOVE)).view(-1)
-        for rows in rescued.split(RESCUE_ROWS) if rescued.numel() else ():
-            some, wanted = hidden[rows], targets[rows]
-            shift[rows] = _representable(_row_max(some, head), head, compute)
-            columns = exps.new_empty((vocab + 1, rows.numel())) if exps is not None else None
-            redone = _stream(some, wanted, head, shift[rows], columns, unit=unit, logit_sum=False)
-            total[rows] = redone[0]
+        for lost in rescued.split(RESCUE_ROWS) if rescued.numel() else ():
+            some, wanted = hidden[lost], targets[lost]
+            shift[lost] = _representable(_row_max(some, head), head, compute)
+            columns = exps.new_empty((vocab + 1, lost.numel())) if exps is not None else None
+            redone = _stream(some, wanted, head, shift[lost], columns, unit=unit, logit_sum=False)
+            total[lost] = redone[0]
             if unit_t is not None and redone[1] is not None:
-                unit_t[:, rows] = redone[1]
+                unit_t[:, lost] = redone[1]
             if exps is not None and columns is not None:
-                exps[:, rows] = columns
+                exps[:, lost] = columns
 
         distance = label - shift
         # Above -30 the label's own form keeps relative precision as p -> 1; far below, exp(-distance) would overflow
@@ -134,20 +148,38 @@ class TorchBackend:
                 result_unit[part] = (unit_t[:, part].T + label_term) * (-head.logit_scale * inverse[part, None])
         return Forward(logps, shift, inverse, entry, result_unit, exps, sums)
 
+    def pair_table(
+        self, logps: Tensor, scores: Scores, pairs: slice, part: slice,
+        objective: Callable[[Tensor, Tensor], PairTerms], nll_weight: float,
+    ) -> PairTable:  # fmt: skip
+        return pair_table(logps, scores, pairs, part, objective, nll_weight)
+
+    def grad_hidden(
+        self, result: Forward, rows: Tensor, targets: Tensor, head: Head, grad_logps: Tensor | None, out: Tensor, *,
+        shared: bool, room: int,
+    ) -> None:  # fmt: skip
+        assert result.unit is not None  # asked of forward
+        values = result.unit if grad_logps is None else result.unit.mul_(grad_logps[:, None])
+        if shared:  # two terms at most meet in a row, so their order cannot change the sum
+            out.index_add_(0, rows, values.to(out.dtype))
+        else:
+            out.index_copy_(0, rows, values.to(out.dtype))
+
+    def scale_rows(self, out: Tensor, rows: Tensor, factors: Tensor) -> None:
+        for start in range(0, rows.numel(), STREAM_ROWS):
+            part = slice(start, start + STREAM_ROWS)
+            out[rows[part]] = (factors[part, None] * out[rows[part]]).to(out.dtype)
+
+    def scale(self, values: Tensor, by: Tensor) -> None:
+        if by.device.type != "cpu" or float(by) != 1.0:  # a host read costs nothing on a CPU
+            values.mul_(by)
+
     def grad_head(
-        self,
-        result: Forward,
-        hidden: Tensor,
-        targets: Tensor,
-        head: Head,
-        grad_logps: Tensor,
-        grad_weight: Tensor | None,
-        grad_bias: Tensor | None,
-        *,
-        accumulate: bool,
-    ) -> None:
+        self, result: Forward, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, grad_logps: Tensor,
+        grad_weight: Tensor | None, grad_bias: Tensor | None, *, accumulate: bool, room: int,
+    ) -> None:  # fmt: skip
         compute = _compute_dtype(hidden.dtype)
-        hidden = hidden.to(compute)
+        hidden = hidden[rows].to(compute)
         coefficient = -grad_logps * result.inverse * head.logit_scale
         scaled = torch.empty_like(hidden)
         for part in _row_parts(hidden):
@@ -157,11 +189,11 @@ class TorchBackend:
             tiles = _kept_tiles(result.exps)
         else:
             tiles = _tiles(hidden, targets, head, result.shift, None, result.entry.to(compute))
-        for rows, tile in tiles:
+        for tokens, tile in tiles:
             if grad_weight is not None:
-                _product(grad_weight[rows], tile, scaled, accumulate=accumulate)
+                _product(grad_weight[tokens], tile, scaled, accumulate=accumulate)
             if grad_bias is not None:
-                _product(grad_bias[rows, None], tile, column, accumulate=accumulate)
+                _product(grad_bias[tokens, None], tile, column, accumulate=accumulate)
         if result.exps is not None:
             _give_back(result.exps)
 

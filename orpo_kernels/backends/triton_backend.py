@@ -1,0 +1,366 @@
+"""The Triton backend, for CUDA and ROCm. Kernels stand in ``triton_score.py`` and ``triton_rows.py``, their tiles in
+``triton_configs.py``, what starts them in ``triton_launch.py``.
+
+Layout: E is stored row by row, ``[n, V]`` with its rows padded to 128 bytes, in bfloat16 for bfloat16 inputs and in
+float32 otherwise (float16 could not hold E under the label's shift). Per slice of the vocabulary:
+
+    score      E = exp(z - shift) without the label's column, sums per tile                          1 mm
+    settle     S += the tiles' sums, in order; rows whose S is past e^60 are marked lost
+    rescue     lost rows again with their largest logit as shift (three launches that return at once when none is lost)
+    product    unit += E @ weight_slice, float32, where hidden's gradient is wanted and E is not kept
+
+and after the last slice ``finish`` turns S into log-probabilities. Kept E serves both products at once; the head's
+gradient without it computes E again, slice by slice, with the shift known and the label's ``-S`` in place.
+
+Nothing here waits for the device. Scratch beyond a kept E and the returned gradients stays near ``room`` bytes: hidden
+rows are gathered piece by piece, and the rows that multiply E for the head's gradient column by column if need be.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.backends import Forward
+from orpo_kernels.backends.triton_configs import Config, Tile, arch_of, config
+from orpo_kernels.objective import CHOSEN_BOUND, REJECTED_BOUND, OddsRatio, PairTerms
+from orpo_kernels.pairs import PairTable, pair_table
+from orpo_kernels.scores import Head, Scores
+
+if TYPE_CHECKING:
+    from orpo_kernels.backends.triton_launch import Launches
+
+# Rows whose S passes this take their largest logit as shift: e^60 times any vocabulary and weight still fits float32.
+RESCUE_ABOVE = math.exp(60.0)
+PIECE_ROWS = 1024  # fewest rows of a piece: one wave of 128 x 256 tiles over 4,096 features on a chip with 132 cores
+STREAM_ROWS = 8192  # most rows of one slice of E: enough for full waves of both products
+SLICE_TOKENS = 256  # the width of a slice is a multiple of this, and so of every tile
+PRODUCT_COLUMNS = 512  # fewest features of one product for the head's gradient
+LIBRARY_TILE = 32 << 20  # float32 logits of the library form, to stay in L2
+
+
+class TritonBackend:
+    """See the module's docstring.
+
+    ``config`` stands in for the shipped one, to try another. ``arch`` and ``take`` are for compiling without a device:
+    the row of the configuration table to use, and what takes kernels and arguments instead of running them.
+    """
+
+    name = "triton"
+    tuned_for = "cuda"
+    least_room = 20 << 20  # a gathered piece or the float32 product of one, at H = 4,096
+
+    def __init__(
+        self, *, config: Config | None = None, arch: str | None = None, take: Callable[..., None] | None = None
+    ) -> None:
+        self._given, self._arch, self._take = config, arch, take
+
+    @cached_property
+    def _start(self) -> Launches:
+        """Triton is imported here, when the first kernel starts."""
+        from orpo_kernels.backends.triton_launch import Launches
+
+        return Launches(self._take)
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float64:
+            return "its kernels add in float32, so float64 inputs would lose what they are for"
+        if device.type == "cuda":
+            if arch_of(device) == "none":
+                return "it needs compute capability 8.0 or newer"
+        elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1 on a CPU), the inputs are on {device.type}"
+        elif dtype != torch.float32:
+            return f"Triton's interpreter multiplies {dtype} wrongly; it is for float32"
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"triton cannot be imported ({error})"
+        return None
+
+    def kept_itemsize(self, dtype: torch.dtype) -> int:
+        return _kept_dtype(dtype).itemsize
+
+    def rows_at_once(self, features: int, room: int) -> int:
+        # Gathered rows and their float32 product take half the room, a slice of E the other.
+        return min(max(room // 2 // (8 * features) // PIECE_ROWS, 1) * PIECE_ROWS, STREAM_ROWS)
+
+    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int) -> int:
+        n, itemsize = min(n, self.rows_at_once(features, room)), self.kept_itemsize(dtype)
+        return n * (8 * features + _slice_width(n * itemsize, vocab, room) * itemsize) if n else 0
+
+    def column_mean(self, weight: Tensor) -> Tensor:
+        return weight.mean(0, dtype=torch.float32)
+
+    # What the engine calls, in the order it does.
+
+    def forward(
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool,
+        room: int,
+    ) -> Forward:  # fmt: skip
+        n, vocab, features = targets.numel(), head.vocab, hidden.shape[1]
+        head = _row_major(head)
+        logps, shift, inverse, entry = torch.empty((4, n), dtype=torch.float32, device=hidden.device)
+        result = Forward(
+            logps=logps,
+            shift=shift,
+            inverse=inverse,
+            entry=entry,
+            unit=logps.new_empty((n, features)) if unit and not keep else None,
+            exps=_new_exps(n, vocab, hidden) if keep else None,
+            logit_sum=torch.zeros_like(logps) if logit_sum and head.softcap is not None else None,
+        )
+        gathered_row = features * hidden.element_size()
+        with self._on(hidden):
+            for part in _pieces(n, room // gathered_row if keep else n):
+                chosen = Forward(*(None if t is None else t[part] for t in result))  # type: ignore[arg-type]
+                self._forward_rows(hidden.index_select(0, rows[part]), targets[part], head, chosen, room)
+        return result
+
+    def pair_table(
+        self, logps: Tensor, scores: Scores, pairs: slice, part: slice,
+        objective: Callable[[Tensor, Tensor], PairTerms], nll_weight: float,
+    ) -> PairTable:  # fmt: skip
+        count = pairs.stop - pairs.start
+        if type(objective) is not OddsRatio or count == 0:
+            return pair_table(logps, scores, pairs, part, objective, nll_weight)
+        table, coefficients = logps.new_empty((6, count)), torch.empty_like(logps)
+        with self._on(logps):
+            self._start.odds_ratio(
+                logps, scores.answer_weight[part], scores.nll_weight[part],
+                scores.offsets[2 * pairs.start : 2 * pairs.stop + 1], scores.pair_valid[pairs], coefficients, table,
+                part.start, objective.beta, nll_weight, 1.0 / max(scores.valid_pairs, 1), CHOSEN_BOUND,
+                REJECTED_BOUND, torch.finfo(torch.float32).tiny,
+            )  # fmt: skip
+        return PairTable(*table.unbind(), coefficients)  # type: ignore[call-arg]
+
+    def grad_hidden(
+        self, result: Forward, rows: Tensor, targets: Tensor, head: Head, grad_logps: Tensor | None, out: Tensor, *,
+        shared: bool, room: int,
+    ) -> None:  # fmt: skip
+        n, features = targets.numel(), out.shape[1]
+        head = _row_major(head)
+        with self._on(out):
+            for part in _pieces(n, n if result.exps is None else room // (4 * features)):
+                label = None
+                if result.exps is not None:  # the label's entry stands in it
+                    unit = result.logps.new_empty((part.stop - part.start, features))
+                    _times_head(unit, result.exps[part], head.weight, accumulate=False)
+                else:
+                    assert result.unit is not None  # asked of forward where E is not kept
+                    unit, label = result.unit[part], (result.entry[part], head.weight, targets[part])
+                a, b = result.inverse[part], None if grad_logps is None else grad_logps[part]
+                if shared:  # two terms at most meet in a row, so their order cannot change the sum
+                    self._start.rows(unit, unit, -head.logit_scale, a, b, label=label)
+                    out.index_add_(0, rows[part], unit.to(out.dtype))
+                else:
+                    self._start.rows(unit, out, -head.logit_scale, a, b, out_rows=rows[part], label=label)
+
+    def scale_rows(self, out: Tensor, rows: Tensor, factors: Tensor) -> None:
+        with self._on(out):
+            self._start.rows(out, out, 1.0, factors, source_rows=rows, out_rows=rows)
+
+    def grad_head(
+        self, result: Forward, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, grad_logps: Tensor,
+        grad_weight: Tensor | None, grad_bias: Tensor | None, *, accumulate: bool, room: int,
+    ) -> None:  # fmt: skip
+        head, grads = _row_major(head), (grad_weight, grad_bias)
+        if targets.numel() == 0:
+            for grad in grads:
+                if grad is not None and not accumulate:
+                    grad.zero_()
+            return
+        coefficients = -head.logit_scale * result.inverse * grad_logps
+        with self._on(hidden):
+            if result.exps is not None:
+                self._head_product(result.exps, hidden, rows, coefficients, grads, accumulate, room)
+            else:
+                self._recompute(result, hidden, rows, targets, head, coefficients, grads, room)
+
+    def scale(self, values: Tensor, by: Tensor) -> None:
+        with self._on(values):
+            self._start.scale(values, by)
+
+    # Pieces of them.
+
+    def _forward_rows(self, hidden: Tensor, targets: Tensor, head: Head, result: Forward, room: int) -> None:
+        """``forward`` for rows that were gathered."""
+        (n, _), vocab, unit = hidden.shape, head.vocab, result.unit
+        if n == 0:
+            return
+        label, total = torch.empty((2, n), dtype=torch.float32, device=hidden.device)
+        lost = torch.empty(n, dtype=torch.int32, device=hidden.device)
+        self._start.label(hidden, targets, head, label, result.entry, result.shift, total)
+        width, slice_exps = vocab, None
+        if unit is not None:
+            width = _slice_width(n * self.kept_itemsize(hidden.dtype), vocab, room)
+            slice_exps = _new_exps(n, width, hidden)
+        block = self._choose(hidden, head)[1].block_v
+        sums = label.new_empty((-(-width // block), n))
+        logit_sums = None if result.logit_sum is None else torch.empty_like(sums)
+        for tokens in _slices(vocab, width):
+            size = tokens.stop - tokens.start
+            exps = result.exps if slice_exps is None else slice_exps[:, :size]
+            self._score(hidden, targets, head, result.shift, tokens, exps, sums, logit_sums)
+            self._start.settle(sums, logit_sums, total, result.logit_sum, lost, -(-size // block), RESCUE_ABOVE)
+            before = unit if tokens.start else None  # nothing is in it yet
+            self._start.rescue(hidden, targets, head, tokens, exps, result.shift, lost, total, before)
+            if unit is not None and exps is not None:
+                _times_head(unit, exps, head.weight[tokens], accumulate=tokens.start > 0)
+        self._start.finish(label, result.shift, total, result.logps, result.inverse, result.entry)
+        if result.exps is not None:
+            self._start.label_entries(result.exps, result.entry, targets, 0)
+
+    def _score(
+        self, hidden: Tensor, targets: Tensor, head: Head, shift: Tensor, tokens: slice, exps: Tensor | None,
+        sums: Tensor | None, logit_sums: Tensor | None,
+    ) -> None:  # fmt: skip
+        """E of the tokens and its sums per tile, in the form the configuration names."""
+        form, tile = self._choose(hidden, head)
+        if form != "library":
+            self._start.score(form, tile, hidden, targets, head, shift, tokens, exps, sums, logit_sums)
+            return
+        n, size = hidden.shape[0], tokens.stop - tokens.start
+        step = max(LIBRARY_TILE // (4 * n) // tile.block_v, 1) * tile.block_v
+        in_place = exps is not None and exps.dtype == torch.float32
+        scratch = None if in_place else shift.new_empty((n, min(step, size)))
+        for part in _slices(size, step):
+            of = slice(part.start // tile.block_v, -(-part.stop // tile.block_v))
+            target = None if exps is None else exps[:, part]
+            logits = target if scratch is None else scratch[:, : part.stop - part.start]
+            assert logits is not None  # in place only where there is an E
+            first = tokens.start + part.start
+            _product(logits, hidden, head.weight[first : tokens.start + part.stop].T, accumulate=False)
+            self._start.exp_pass(
+                tile, logits, targets, head, shift, first, target, None if sums is None else sums[of],
+                None if logit_sums is None else logit_sums[of],
+            )  # fmt: skip
+
+    def _head_product(
+        self, exps: Tensor, hidden: Tensor, rows: Tensor, coefficients: Tensor,
+        grads: tuple[Tensor | None, Tensor | None], accumulate: bool, room: int,
+    ) -> None:  # fmt: skip
+        """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
+        (n, features), (grad_weight, grad_bias) = (rows.numel(), hidden.shape[1]), grads
+        if grad_weight is not None:
+            # By columns, so that a small room still serves any number of scores; E is read once for each.
+            most = max(room // (n * exps.element_size()), PRODUCT_COLUMNS)
+            columns = -(-features // -(-features // most))
+            for of in _slices(features, -(-columns // 64) * 64):
+                scaled = exps.new_empty((n, of.stop - of.start))
+                self._start.rows(hidden[:, of], scaled, 1.0, coefficients, source_rows=rows)
+                _product(grad_weight[:, of], exps.T, scaled, accumulate=accumulate)
+        if grad_bias is not None:
+            column = coefficients.to(exps.dtype)[:, None]
+            _product(grad_bias[:, None], exps.T, column, accumulate=accumulate)
+
+    def _recompute(
+        self, result: Forward, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, coefficients: Tensor,
+        grads: tuple[Tensor | None, Tensor | None], room: int,
+    ) -> None:  # fmt: skip
+        """The head's gradients slice by slice, each written once in its final dtype, from E computed again."""
+        features, itemsize = hidden.shape[1], self.kept_itemsize(hidden.dtype)
+        parts = list(_pieces(rows.numel(), self.rows_at_once(features, room)))
+        several, most = len(parts) > 1, parts[0].stop
+        width = _slice_width(most * itemsize + (4 * features if several else 0), head.vocab, room)
+        left = max(room - width * most * itemsize, self.least_room)
+        buffer = _new_exps(most, width, hidden)
+        gathered = None if several else hidden.index_select(0, rows)
+        for tokens in _slices(head.vocab, width):
+            final = tuple(None if grad is None else grad[tokens] for grad in grads)
+            sums = final
+            if several:
+                sums = tuple(None if g is None else torch.empty_like(g, dtype=torch.float32) for g in final)
+            for part in parts:
+                some = hidden.index_select(0, rows[part]) if gathered is None else gathered
+                exps = buffer[: some.shape[0], : tokens.stop - tokens.start]
+                self._score(some, targets[part], head, result.shift[part], tokens, exps, None, None)
+                self._start.label_entries(exps, result.entry[part], targets[part], tokens.start)
+                self._head_product(exps, hidden, rows[part], coefficients[part], sums, part.start > 0, left)  # type: ignore[arg-type]
+            for grad, total in zip(final, sums, strict=True):
+                if several and grad is not None and total is not None:
+                    grad.copy_(total)
+
+    def _choose(self, hidden: Tensor, head: Head) -> tuple[str, Tile]:
+        """The form and the tile of the score GEMM for such matrices."""
+        row = self._given or config(self._arch or arch_of(hidden.device), hidden.dtype)
+        aligned = all(
+            t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, head.weight)
+        )
+        return row.choose(aligned=aligned, biased=head.bias is not None, capped=head.softcap is not None)
+
+    def _on(self, tensor: Tensor) -> AbstractContextManager[Any]:
+        """Kernels start on the current device, which need not be the tensors'."""
+        return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _new_exps(n: int, vocab: int, like: Tensor) -> Tensor:
+    """Room for E ``[n, V]``; rows begin at multiples of 128 bytes, as TMA and fast products ask."""
+    dtype = _kept_dtype(like.dtype)
+    stride = -(-vocab * dtype.itemsize // 128) * 128 // dtype.itemsize
+    return torch.empty((n, stride), dtype=dtype, device=like.device)[:, :vocab]
+
+
+def _row_major(head: Head) -> Head:
+    """The head with features next to each other; a weight that is a transposed view is copied."""
+    if head.weight.stride(1) == 1:
+        return head
+    return Head(head.weight.contiguous(), head.bias, head.logit_scale, head.softcap)
+
+
+def _slice_width(bytes_per_token: int, vocab: int, room: int) -> int:
+    """Tokens of a slice that fits half the room, in whole tiles; the least is one."""
+    return min(max(room // 2 // bytes_per_token // SLICE_TOKENS, 1) * SLICE_TOKENS, vocab)
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _pieces(n: int, most: int) -> Iterator[slice]:
+    """Slices of n rows, of ``most`` or a little less each, in whole pieces of PIECE_ROWS; one for no rows."""
+    step = max(most // PIECE_ROWS, 1) * PIECE_ROWS
+    if n <= step:
+        yield slice(0, n)
+        return
+    even = -(-n // -(-n // step))
+    yield from _slices(n, -(-even // PIECE_ROWS) * PIECE_ROWS)
+
+
+def _times_head(out: Tensor, exps: Tensor, weight: Tensor, *, accumulate: bool) -> None:
+    """``out (+)= E @ weight`` in float32; a float16 head is widened slice by slice to meet a float32 E."""
+    if weight.dtype == exps.dtype:
+        _product(out, exps, weight, accumulate=accumulate)
+        return
+    for of in _slices(weight.shape[0], max(LIBRARY_TILE // (4 * weight.shape[1]), 1)):
+        _product(out, exps[:, of], weight[of].to(exps.dtype), accumulate=accumulate or of.start > 0)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """``out (+)= a @ b``, added in float32 within the product where ``out`` is float32, whatever a and b are."""
+    if out.dtype == a.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32 and out.device.type == "cuda" and torch.version.hip is None:
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif accumulate:  # torch has no wider product here: one more rounding
+        out += torch.mm(a, b)
+    else:
+        out.copy_(torch.mm(a, b))

@@ -1,0 +1,97 @@
+"""Shipped configurations as data: which form a score GEMM takes, and its tiles, by chip and dtype.
+
+Forms of the score GEMM, all with the same epilogue:
+
+    tma      one persistent Triton GEMM with TMA loads and stores
+    pointer  one Triton GEMM over pointers; also what stands in for ``tma`` where a row is not 16-byte aligned
+    library  torch's own product into a float32 tile, then a pass over the tile; float32 inputs take it everywhere, as
+             it follows torch's matmul precision setting
+
+Nothing here depends on the number of scores, so a new batch never compiles anything new.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Block sizes of one kernel: rows of scores, tokens of the vocabulary, features; warps and pipeline stages.
+
+    ``group_v`` columns of tiles go through all rows together; the epilogue takes a tile in ``parts`` runs of columns.
+    """
+
+    block_n: int
+    block_v: int
+    block_h: int
+    warps: int = 4
+    stages: int = 1
+    group_v: int = 1
+    parts: int = 1
+
+
+class Config(NamedTuple):
+    """What one chip runs for one dtype, and on what evidence."""
+
+    form: Literal["tma", "pointer", "library"]
+    evidence: str
+    pointer: Tile
+    pointer_capped: Tile  # a softcap needs twice the registers an entry
+    tma: Tile | None = None
+    tma_capped: Tile | None = None  # without a bias: both together run ``pointer_capped``
+
+    def choose(self, *, aligned: bool, biased: bool, capped: bool) -> tuple[str, Tile]:
+        """The form and the tile of a call whose matrices TMA can or cannot address."""
+        if self.form == "library":
+            return "library", PASS
+        tma = self.tma if not capped else None if biased else self.tma_capped
+        if self.form == "tma" and aligned and tma is not None:
+            return "tma", tma
+        return "pointer", self.pointer_capped if capped else self.pointer
+
+
+RESCUE = Tile(32, 64, 32, warps=4, stages=2)
+RESCUE_FLOAT32 = Tile(32, 32, 32, warps=4, stages=2)
+PASS = Tile(16, 256, 0, warps=4)
+
+_STATIC = "compiled, not timed: no spills, tensor cores, within shared memory"
+_AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
+_HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2)
+_BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8)
+_SMALL = Tile(16, 32, 16, group_v=2, parts=2)
+
+
+def _pointer(tile: Tile, capped_parts: int) -> Config:
+    return Config("pointer", _STATIC, tile, tile._replace(parts=capped_parts))
+
+
+SIXTEEN_BIT: dict[str, Config] = {
+    "sm_80": _pointer(_AMPERE, 4),
+    "sm_86": _pointer(_AMPERE._replace(stages=3), 4),  # and 8.9, 12.x: 99 KiB of shared memory
+    "sm_90": _pointer(_AMPERE._replace(stages=3), 4)._replace(
+        form="tma", tma=_HOPPER, tma_capped=_HOPPER._replace(parts=4)
+    ),
+    "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL),
+    "gfx942": _pointer(_AMPERE._replace(stages=2), 1),
+    "interpreter": Config("tma", "small enough to interpret", _SMALL, _SMALL, _SMALL, _SMALL._replace(parts=4)),
+}
+
+
+def config(arch: str, dtype: torch.dtype) -> Config:
+    """The shipped row for a chip and the dtype of hidden and weight."""
+    row = SIXTEEN_BIT[arch]
+    return row._replace(form="library") if dtype == torch.float32 and arch != "interpreter" else row
+
+
+def arch_of(device: torch.device) -> str:
+    """The row a device takes: its own, or that of the chip it resembles most."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86" if major > 8 else "none")
