@@ -1,16 +1,19 @@
-"""``python -m benchmarks``: loss, compare, accuracy, record, render."""
+"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, machine, race, record, render, report
+from benchmarks import accuracy, compile, machine, race, record, render, report
 from benchmarks.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, Batch, Case
 from benchmarks.providers import NAMES, default_names
 from benchmarks.rows import Record, Row, Spec
@@ -88,6 +91,17 @@ def _render(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _compile(options: argparse.Namespace, console: Console) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        console.print("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter: unset it")
+        return 2
+    rows = compile.run(options.targets)
+    report.print_compiled(rows, console)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 1 if any(row.problem for row in rows) else 0
+
+
 def _fitting(known: dict[str, Case] | dict[str, Batch], device: torch.device) -> list[str]:
     return [name for name, entry in known.items() if entry.cpu == (device.type == "cpu")]
 
@@ -138,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     several(recording, "--providers", NAMES, None)
     recording.add_argument("--json", type=Path, help="another file than the machine's own")
     on_device(recording)
+
+    compiling = command("compile", _compile, "compile every kernel for chips that need not be there")
+    several(compiling, "--targets", list(compile.TARGETS), list(compile.TARGETS))
+    compiling.add_argument("--json", type=Path, help="write the rows to this file")
 
     rendering = command("render", _render, "write the newest records into README.md and docs/")
     rendering.add_argument("--check", action="store_true", help="only say whether they differ")

@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compile import CompileRow
 from benchmarks.providers import FLOOR, NAMES
 from benchmarks.rows import AccuracyRow, Row
 
@@ -85,6 +86,22 @@ def print_accuracy(rows: Iterable[AccuracyRow], console: Console) -> None:
             f"{row.allowed:.1e}", verdict,
         )  # fmt: skip
     console.print(table)
+
+
+def print_compiled(rows: Sequence[CompileRow], console: Console) -> None:
+    """One line a binary; what is wrong with any stands at the end."""
+    table = Table("target", "kernel", "configuration", "registers", "spilled", "shared", "tensor core", box=SIMPLE)
+    for row in rows:
+        table.add_row(
+            row.target, row.kernel, row.config, str(row.registers), str(row.spill_bytes), str(row.shared_bytes),
+            row.tensor_core,
+        )  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if row.problem:
+            console.print(f"[red]{row.target} {row.kernel} {row.config}: {row.problem}", highlight=False)
+    wrong = sum(1 for row in rows if row.problem)
+    console.print(f"{len(rows)} binaries, {wrong} with a problem")
 
 
 def compare(before: Iterable[Row], after: Iterable[Row], console: Console) -> None:
