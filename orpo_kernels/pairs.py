@@ -41,11 +41,11 @@ def pair_table(
     offsets = scores.offsets[2 * pairs.start : 2 * pairs.stop + 1] - part.start
     answer, nll = scores.answer_weight[part], scores.nll_weight[part]
 
-    def per_sequence(values: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, rejected = torch.segment_reduce(values, "sum", offsets=offsets, initial=0).view(-1, 2).unbind(1)
-        return chosen, rejected
+    def per_sequence(values: Tensor) -> Tensor:
+        sums: Tensor = torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+        return sums.view(-1, 2)
 
-    chosen, rejected = per_sequence(logps * answer)
+    chosen, rejected = per_sequence(logps * answer).unbind(1)
     terms = objective(chosen, rejected)
     share = scores.pair_valid[pairs].to(logps.dtype) / max(scores.valid_pairs, 1)
     gradient = (torch.stack([terms.grad_chosen, terms.grad_rejected], 1) * share[:, None]).view(-1)
@@ -53,7 +53,7 @@ def pair_table(
     return PairTable(
         chosen=chosen,
         rejected=rejected,
-        nll=-per_sequence(logps * nll)[0],
+        nll=-per_sequence(logps * nll).sum(1),
         loss=terms.loss * share,
         log_sigmoid=F.logsigmoid(terms.log_odds) * share,
         log_odds=terms.log_odds * share,

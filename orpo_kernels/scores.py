@@ -71,7 +71,9 @@ def orpo_scores(
 
     Raises:
         ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
+        RuntimeError: a CUDA graph is being captured.
     """
+    _refuse_capture(labels)
     pairs = (offsets.numel() - 1) // 2
     in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
     # Where both name the same token they are one score; where they differ the NLL's target is a score of its own.
@@ -141,13 +143,28 @@ def logprob_scores(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tenso
 
     Raises:
         ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
+        RuntimeError: a CUDA graph is being captured.
     """
+    _refuse_capture(labels)
     flat = labels.reshape(-1)
     kept = flat != ignore_index
     count, low, high = torch.stack([kept.sum(), *_label_report(flat, kept)]).tolist()
     _check_labels("labels", low, high, vocab, ignore_index)
     rows = torch.nonzero_static(kept, size=count).view(-1)
     return rows, flat[rows]
+
+
+def _refuse_capture(labels: Tensor) -> None:
+    """How many scores there are is read on the host, which a graph under capture cannot do.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured on the current stream.
+    """
+    if labels.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the loss cannot be captured in a CUDA graph: its shapes follow from how many labels count, which the host "
+            f"reads from labels {tuple(labels.shape)}; capture the model without the loss and call the loss outside"
+        )
 
 
 def _label_report(labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

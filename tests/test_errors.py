@@ -54,7 +54,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "zero scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and positive, got 0.0"),
     "negative softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and positive, or None"),
     "unknown reduction": ({"nll_reduction": "sum"}, ValueError, "'token' or 'sequence', got 'sum'"),
-    "unknown backend": ({"backend": "cuda"}, ValueError, r"backend must be 'auto' or one of \['torch', 'triton'\], got 'cuda'"),
+    "unknown backend": ({"backend": "cuda"}, ValueError, r"must be 'auto' or one of \['torch', 'triton'\], got 'cuda'"),
     "no workspace": ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be a positive number of bytes"),
     "offsets for padded": ({"cu_seqlens": torch.tensor([0, 3, 6])}, ValueError, "with cu_seqlens hidden must be"),
 }  # fmt: skip

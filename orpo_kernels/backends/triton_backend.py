@@ -177,6 +177,8 @@ class TritonBackend:
                 if grad is not None and not accumulate:
                     grad.zero_()
             return
+        if hidden.stride(1) != 1:
+            hidden = hidden.contiguous()
         coefficients = -head.logit_scale * result.inverse * grad_logps
         with self._on(hidden):
             if result.exps is not None:

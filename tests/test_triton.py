@@ -1,0 +1,257 @@
+"""The Triton backend: its forms and tiles, its own code paths, and what a chip that is not there would run.
+
+Without a GPU the kernels run in Triton's interpreter; the accuracy and finiteness of every plan are tested with those
+of the torch backend, in test_accuracy.py and test_finite.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orpo_kernels import explain, orpo_loss
+from orpo_kernels.backends import select, triton_backend
+from orpo_kernels.backends.triton_backend import TritonBackend
+from orpo_kernels.backends.triton_configs import config
+from orpo_kernels.backends.triton_launch import Launches
+from orpo_kernels.objective import OddsRatio
+from orpo_kernels.pairs import pair_table
+from orpo_kernels.scores import Head, Scores, logprob_scores
+from tests.cases import DEVICE, TRITON_DTYPES, Case, check, make
+
+ROOT = Path(__file__).parent.parent
+
+
+def small_pieces() -> Any:
+    """Pieces, slices and chunks so small that small inputs have many of each."""
+    return mock.patch.multiple(
+        triton_backend, PIECE_ROWS=8, STREAM_ROWS=8, SLICE_TOKENS=32, PRODUCT_COLUMNS=16, LIBRARY_TILE=4096
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pairs=st.integers(1, 3),
+    length=st.integers(1, 9),
+    features=st.integers(1, 50),
+    vocab=st.integers(2, 300),
+    keep=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    workspace=st.sampled_from([None, 1, 20_000]),
+    softcap=st.sampled_from([None, 2.0]),
+    bias=st.booleans(),
+    form=st.sampled_from(["tma", "pointer", "library"]),
+)
+@pytest.mark.filterwarnings("ignore:.*an answer without a token")
+def test_any_shape_in_any_form(
+    pairs: int, length: int, features: int, vocab: int, keep: float, seed: int, workspace: int | None,
+    softcap: float | None, bias: bool, form: Any,
+) -> None:  # fmt: skip
+    case = make(
+        torch.float32, pairs=pairs, length=length, features=features, vocab=vocab, keep=keep, seed=seed,
+        softcap=softcap, bias=bias,
+    )  # fmt: skip
+    asked = config("interpreter" if DEVICE.type == "cpu" else "sm_90", torch.float32)._replace(form=form)
+    with (
+        small_pieces(),
+        mock.patch.object(TritonBackend, "least_room", 0),
+        mock.patch.object(triton_backend, "config", return_value=asked),
+    ):
+        check(case, backend="triton", workspace_bytes=workspace)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("features", [64, 37])
+def test_lost_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | None, features: int) -> None:
+    """The best logit stands in the last slice, after the sums and products of earlier ones were formed."""
+    case = make(dtype, features=features, vocab=200, keep=1.0)
+    with torch.no_grad():
+        case.hidden[..., 0] = 1.0
+        case.weight[:, 0] = 0.0
+        case.weight[190, 0] = 120.0
+        case.weight[70, 0] = 100.0
+        case.labels[(case.labels == 190) | (case.labels == 70)] = 8
+        case.labels[0, 0] = 190
+    case.backend = "triton"
+    with small_pieces(), mock.patch.object(TritonBackend, "least_room", 0):
+        check(case, workspace_bytes=workspace)
+        case.weight.requires_grad_(False)
+        check(case, workspace_bytes=workspace)
+
+
+def test_views_and_transposed_weights() -> None:
+    case = make(torch.float32, features=32, vocab=100)
+    wide = torch.randn(100, 80, device=DEVICE)
+    turned = torch.randn(32, 100, device=DEVICE)
+    spread = torch.randn(4, 9, 64, device=DEVICE)
+    for weight in (wide[:, 3:35], wide[:, 16:48], turned.T):
+        for hidden in (spread[..., ::2], spread[..., 5:37]):
+            view = Case(hidden.requires_grad_(), weight.requires_grad_(), case.labels, backend="triton")
+            check(view)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = make(TRITON_DTYPES[-1], pairs=3, length=40, features=64, vocab=500, keep=1.0, bias=True)
+    case.backend = "triton"
+    first, again = ((case.grads(case.ours().loss), case.ours()) for _ in range(2))
+    for name, grad in first[0].items():
+        assert torch.equal(grad, again[0][name])
+    for mine, theirs in zip(first[1], again[1], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def _scores(lengths: list[int], weights: torch.Tensor) -> Scores:
+    pairs = len(lengths) // 2
+    offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(DEVICE)
+    valid = torch.tensor([a > 0 and b > 0 for a, b in zip(lengths[::2], lengths[1::2], strict=True)], device=DEVICE)
+    n = sum(lengths)
+    return Scores(
+        rows=torch.arange(n, device=DEVICE), targets=torch.zeros(n, dtype=torch.int64, device=DEVICE),
+        nll_weight=weights[0, :n], answer_weight=weights[1, :n], offsets=offsets, pair_valid=valid,
+        pair_sizes=tuple(lengths[2 * i] + lengths[2 * i + 1] for i in range(pairs)), valid_pairs=int(valid.sum()),
+        shared_rows=False,
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 1200), min_size=1, max_size=4).flatmap(
+        lambda half: st.lists(st.integers(0, 1200), min_size=len(half), max_size=len(half)).map(
+            lambda other: [size for pair in zip(half, other, strict=True) for size in pair]
+        )
+    ),
+    level=st.sampled_from([1e-9, 1e-5, 1e-2, 1.0, 30.0, 200.0]),
+    seed=st.integers(0, 100),
+)
+def test_odds_ratio_kernel(lengths: list[int], level: float, seed: int) -> None:
+    """The one launch against the objective in float64, from certain to hopeless means, over groups of pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    n, pairs = sum(lengths), len(lengths) // 2
+    logps = -level * torch.rand(n, generator=generator).to(DEVICE)
+    weights = torch.rand(2, n, generator=generator).to(DEVICE) / max(n, 1)
+    scores = _scores(lengths, weights)
+    exact = _scores(lengths, weights.double())
+    for group in (slice(0, pairs), slice(pairs // 2, pairs)):
+        part = slice(int(scores.offsets[2 * group.start]), n)
+        arguments = (group, part, OddsRatio(0.7), 0.5)
+        truth = pair_table(logps[part].double(), exact, *arguments)
+        naive = pair_table(logps[part], scores, *arguments)
+        ours = TritonBackend().pair_table(logps[part], scores, *arguments)
+        for name, mine, theirs, expected in zip(truth._fields, ours, naive, truth, strict=True):
+            assert torch.isfinite(mine).all(), name
+            error, allowed = (mine - expected).abs(), 2 * (theirs - expected).abs()
+            # Both round means and differences of float32 numbers of this size.
+            assert (error <= allowed.clamp(min=3e-6 * (1.0 + float(expected.abs().max() if n else 0)))).all(), name
+
+
+def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
+    """The label's entry of the last row lands in its place in an E of more than 2^31 entries, in a sparse file."""
+    vocab, n = 70_001, 30_720
+    exps = torch.from_file(str(tmp_path / "exps"), shared=True, size=n * vocab, dtype=torch.bfloat16).view(n, vocab)
+    assert exps.numel() > 2**31
+    if DEVICE.type == "cuda":
+        exps = torch.zeros_like(exps, device=DEVICE)
+    last = slice(n - 200, n)
+    targets = torch.arange(n, device=DEVICE) % vocab
+    entry = torch.arange(n, dtype=torch.float32, device=DEVICE) % 251 + 1
+    Launches(None).label_entries(exps, entry, targets, 0)
+    found = exps[last].gather(1, targets[last, None]).view(-1)
+    assert torch.equal(found, entry[last].to(torch.bfloat16))
+
+
+def test_empty_batches_of_scores() -> None:
+    case = make(torch.float32, bias=True)
+    case.backend = "triton"
+    case.labels.fill_(-100)
+    with pytest.warns(UserWarning, match="2 of 2 pairs"):
+        loss = case.ours().loss
+    for workspace in (None, 1):
+        with pytest.warns(UserWarning, match="2 of 2 pairs"):
+            loss = case.ours(workspace_bytes=workspace).loss
+        assert loss.item() == 0
+        assert all((grad == 0).all() for grad in case.grads(loss).values())
+
+
+def test_scratch_stays_within_the_plan() -> None:
+    """A small workspace bounds the slices: nothing as large as E is ever allocated."""
+    case = make(torch.float32, pairs=2, length=20, features=16, vocab=4000, keep=1.0)
+    case.backend = "triton"
+    with mock.patch.object(TritonBackend, "least_room", 0):
+        plan = explain(case.hidden, case.weight, case.labels, backend="triton", workspace_bytes=1)
+    assert plan.name == "recompute"
+    assert plan.bytes < 80 * 4000 * 4
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="says what a machine without a GPU is told")
+def test_refusals_say_why() -> None:
+    backend = TritonBackend()
+    assert "float64" in str(backend.refuses(DEVICE, torch.float64))
+    assert "interpreter multiplies" in str(backend.refuses(DEVICE, torch.bfloat16))
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        assert "needs a CUDA or ROCm device" in str(backend.refuses(DEVICE, torch.float32))
+    assert select("auto", DEVICE, torch.float32).name == "torch"
+    case = make(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"no backend takes these inputs: triton: .*interpreter"):
+        orpo_loss(case.hidden, case.weight, case.labels, backend="triton")
+
+
+def test_capture_into_a_graph_is_refused_with_the_remedy() -> None:
+    labels: Any = mock.Mock(device=torch.device("cuda"), shape=(4, 9))
+    message = pytest.raises(RuntimeError, match=r"CUDA graph.*capture the model without the loss")
+    with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True), message:
+        logprob_scores(labels, 10, -100)
+
+
+def test_triton_is_imported_when_a_kernel_starts() -> None:
+    code = (
+        "import sys, torch, orpo_kernels\n"
+        "orpo_kernels.orpo_loss(torch.ones(2, 1, 4), torch.ones(3, 4), torch.zeros(2, 1, dtype=torch.int64))\n"
+        "sys.exit('triton' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
+    """No spills, shared memory within the chip's, tensor cores in every product; the widest where it matters."""
+    file = tmp_path / "compiled.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "compile", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(file.read_text())
+    assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_90", "sm_100", "gfx942"}
+    names = {name for module in ("score", "rows") for name in _kernels(module)}
+    for target in {row["target"] for row in rows}:
+        mine = [row for row in rows if row["target"] == target]
+        assert names - {row["kernel"] for row in mine} <= {"score_tma_kernel"}  # chips without TMA
+        assert all(row["spill_bytes"] == 0 and row["shared_bytes"] <= row["shared_limit"] for row in mine)
+        assert all(row["tensor_core"] for row in mine if row["wants_tensor_core"])
+    assert names == {row["kernel"] for row in rows if row["target"] == "sm_90"}
+    best = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+    for row in rows:
+        if row["target"] in best and row["kernel"] == "score_tma_kernel":
+            assert row["tensor_core"] == best[row["target"]]
+
+
+def _kernels(module: str) -> set[str]:
+    text = (ROOT / "orpo_kernels" / "backends" / f"triton_{module}.py").read_text()
+    return {line[4:].split("(")[0] for line in text.splitlines() if line.startswith("def ") and "_kernel(" in line}
+
+
+def test_heads_keep_their_settings_when_copied() -> None:
+    weight = torch.randn(8, 100, device=DEVICE).T
+    head = triton_backend._row_major(Head(weight, None, 0.5, 3.0))
+    assert head.weight.stride(1) == 1
+    assert torch.equal(head.weight, weight)
+    assert (head.logit_scale, head.softcap) == (0.5, 3.0)
