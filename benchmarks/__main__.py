@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile."""
+"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, compile, machine, race, record, render, report
+from benchmarks import accuracy, compile, machine, race, record, render, report, train
 from benchmarks.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, Batch, Case
 from benchmarks.providers import NAMES, default_names
 from benchmarks.rows import Record, Row, Spec
@@ -102,6 +102,24 @@ def _compile(options: argparse.Namespace, console: Console) -> int:
     return 1 if any(row.problem for row in rows) else 0
 
 
+def _train(options: argparse.Namespace, console: Console) -> int:
+    try:
+        wanted = train.specs(options.models, options.device, options.steps, options.longest_limit)
+    except ValueError as problem:
+        console.print(str(problem))
+        return 2
+    if options.dry_run:
+        train.print_plan(wanted, console)
+        return 0
+    rows: list[train.TrainRow] = []
+    for found in train.run(wanted, options.seconds):
+        rows += found
+        if options.json:
+            train.save(options.json, rows, torch.device(options.device))
+    train.print_rows(rows, console)
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
 def _fitting(known: dict[str, Case] | dict[str, Batch], device: torch.device) -> list[str]:
     return [name for name, entry in known.items() if entry.cpu == (device.type == "cpu")]
 
@@ -156,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     compiling = command("compile", _compile, "compile every kernel for chips that need not be there")
     several(compiling, "--targets", list(compile.TARGETS), list(compile.TARGETS))
     compiling.add_argument("--json", type=Path, help="write the rows to this file")
+
+    training = command("train", _train, "TRL training steps, stock against patched, and the longest pair that trains")
+    several(training, "--models", list(train.MODELS), None)
+    on_device(training)
+    training.add_argument("--steps", type=int, default=train.TrainSpec.steps, help="timed optimiser steps")
+    training.add_argument("--longest-limit", type=int, help="tokens a side that end the search for the longest pair")
+    training.add_argument("--seconds", type=float, default=train.SECONDS, help="time for everything together")
+    training.add_argument("--dry-run", action="store_true", help="only say what would be measured")
+    training.add_argument("--json", type=Path, help="write the rows to this file")
 
     rendering = command("render", _render, "write the newest records into README.md and docs/")
     rendering.add_argument("--check", action="store_true", help="only say whether they differ")

@@ -71,7 +71,7 @@ SIXTEEN_BIT: dict[str, Config] = {
     "sm_80": _pointer(_AMPERE, 4),
     "sm_86": _pointer(_AMPERE._replace(stages=3), 4),  # and 8.9, 12.x: 99 KiB of shared memory
     "sm_90": _pointer(_AMPERE._replace(stages=3), 4)._replace(
-        form="tma", tma=_HOPPER, tma_capped=_HOPPER._replace(parts=4)
+        form="tma", tma=_HOPPER, tma_capped=_HOPPER._replace(parts=8)
     ),
     "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL),
     "gfx942": _pointer(_AMPERE._replace(stages=2), 1),
