@@ -2,11 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# `make gpu` and `make tune` install nothing: this Python has torch, triton, transformers and pytest already.
+GPU_PYTHON ?= python3
+# Where `make wheelhouse` puts the peers' wheels, and where `make gpu` unpacks them.
+WHEELS := wheelhouse
+PEERS := build/peers
 # Arguments for the demonstration, for example: make demo ARGS="--max-steps 20 --data pairs.jsonl"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install demo test lint types bench compile gpu tune wheelhouse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,5 +42,28 @@ bench: install  ## record this machine's figures under benchmarks/results/ and p
 	$(PY) -m benchmarks record $(ARGS)
 	$(PY) -m benchmarks render
 
+compile: install  ## compile every kernel for chips that need not be there
+	$(PY) -m benchmarks compile $(ARGS)
+
+gpu: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: the suite, the sanitizers, the race, its targets
+	PYTHONPATH=. ORPO_PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks gpu $(ARGS)
+
+tune:  ## on a GPU, offline: time every candidate tile of the score GEMM
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks tune $(ARGS)
+
+# Only what an image with torch and transformers lacks, without what those bring; last on the path, so that nothing of the
+# image is replaced.
+PEER_PACKAGES := liger-kernel trl datasets accelerate peft cut-cross-entropy pyarrow dill multiprocess
+
+wheelhouse:  ## fetch the peers' wheels for a GPU machine without a network (Python 3.12, Linux x86-64, 57 MB)
+	$(PYTHON) -m pip download --quiet --dest $(WHEELS) --no-deps --only-binary :all: --python-version 3.12 \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	  --constraint constraints.txt $(PEER_PACKAGES)
+	@du -sh $(WHEELS)
+
+$(PEERS)/.unpacked: $(wildcard $(WHEELS)/*.whl)
+	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(PEERS) $^
+	@touch $@
+
 clean:  ## remove what the commands above made
-	rm -rf $(VENV) build *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(WHEELS) build *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache

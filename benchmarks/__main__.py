@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, compile, machine, race, record, render, report, train
+from benchmarks import accuracy, compile, gpu, machine, race, record, render, report, train
 from benchmarks.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, Batch, Case
 from benchmarks.providers import NAMES, default_names
 from benchmarks.rows import Record, Row, Spec
@@ -32,7 +33,7 @@ def _loss(options: argparse.Namespace, console: Console) -> int:
     batches = options.batches or [name for name in _fitting(BATCHES, device) if not name.startswith("length-")]
     wanted = race.specs(
         cases, batches, options.states, options.head, options.dtype, options.phase,
-        options.providers or default_names(device, torch.bfloat16),
+        options.providers or default_names(device),
         device=options.device, repeats=options.repeats, seconds=options.seconds,
     )  # fmt: skip
     kept = Record(machine.device_name(device), machine.today(), machine.commit())
@@ -120,6 +121,17 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     return 1 if any(row.status == "failed" for row in rows) else 0
 
 
+def _gpu(options: argparse.Namespace, console: Console) -> int:
+    device = torch.device(options.device)
+    if options.dry_run:
+        gpu.plan(device, options.seconds, console)
+        return 0
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, here and in every process started here
+    path = options.json or (record.path_of(device) if device.type == "cuda" else Path(tempfile.mkdtemp(), "gpu.json"))
+    return gpu.run(device, options.seconds, path, options.only or (), console)
+
+
 def _fitting(known: dict[str, Case] | dict[str, Batch], device: torch.device) -> list[str]:
     return [name for name, entry in known.items() if entry.cpu == (device.type == "cpu")]
 
@@ -183,6 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--seconds", type=float, default=train.SECONDS, help="time for everything together")
     training.add_argument("--dry-run", action="store_true", help="only say what would be measured")
     training.add_argument("--json", type=Path, help="write the rows to this file")
+
+    whole = command("gpu", _gpu, "everything that needs a GPU: the suite, the sanitizers, the race and its targets")
+    on_device(whole)
+    whole.add_argument("--seconds", type=float, default=530.0, help="what all steps together may take")
+    whole.add_argument("--only", nargs="+", metavar="STEP", choices=gpu.STEPS, help=f"of {', '.join(gpu.STEPS)}")
+    whole.add_argument("--dry-run", action="store_true", help="say what would run")
+    whole.add_argument("--json", type=Path, help="another file than the machine's own")
 
     rendering = command("render", _render, "write the newest records into README.md and docs/")
     rendering.add_argument("--check", action="store_true", help="only say whether they differ")

@@ -85,6 +85,7 @@ CASES: dict[str, Case] = {
         Case("qwen2.5-0.5b-cpu", 896, 128256),
         Case("small-v32k-cpu", 896, 32000),
         Case("gemma-cpu", 512, 32000, softcap=30.0),
+        Case("tiny-cpu", 64, 1000),  # small enough to interpret
     )
 }
 
@@ -124,6 +125,7 @@ BATCHES: dict[str, Batch] = {
         Batch("ragged-cpu", (Pair(137, 371, 324), Pair(123, 240, 311), Pair(149, 193, 246), Pair(162, 253, 192)), 512),
         Batch("ragged-small-cpu", (Pair(48, 150, 99), Pair(80, 121, 170)), 256),
         _dense("dense-cpu", 2, 512),
+        _dense("tiny-cpu", 1, 8),
         *(_dense(f"length-{length}-cpu", 1, length) for length in LENGTHS_CPU),
     )
 }

@@ -1,7 +1,12 @@
-"""One measurement in a process of its own: ``python -m benchmarks.measure SPEC FILE`` writes one row to FILE."""
+"""Measurements in a process of their own: ``python -m benchmarks.measure SPECS FILE DEADLINE``.
+
+SPECS is a JSON list; FILE gets a line of JSON for each row as soon as it is known. After DEADLINE (seconds since the
+epoch) no further measurement starts.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -201,6 +206,22 @@ def _be_first_to_die() -> None:
         return  # no such file outside Linux, where the kernel's own choice has to do
 
 
+def main(specs: str, answer: str, deadline: str) -> None:
+    with Path(answer).open("a") as file:
+        for entry in json.loads(specs):
+            if time.time() > float(deadline):
+                return
+            row = measure(Spec(**entry))
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            if row.status == "failed":
+                return  # an error on a GPU poisons the process; who asked goes on in another
+            gc.collect()
+            torch.compiler.reset()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
 if __name__ == "__main__":
     _be_first_to_die()
-    Path(sys.argv[2]).write_text(json.dumps(asdict(measure(Spec(**json.loads(sys.argv[1]))))))
+    main(*sys.argv[1:])

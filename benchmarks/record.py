@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import accuracy, machine, race
+from benchmarks import accuracy, machine, race, targets
 from benchmarks.cases import HEADS, LENGTHS, LENGTHS_CPU, DTypeName, HeadName
 from benchmarks.providers import FLOOR, default_names
 from benchmarks.rows import Record, Row, Spec
@@ -18,6 +18,8 @@ ACCURACY = "accuracy"
 # A process each and a compilation each: their place among the others is in the sections of all providers, and four
 # lengths more would only repeat it.
 NOT_IN_LENGTHS = ("compiled", "liger")
+# Timed calls of one measurement at most, and seconds after which none is begun.
+REPEATS, SECONDS = {"cpu": 5, "cuda": 30}, {"cpu": 10.0, "cuda": 0.6}
 
 
 def sections(device: torch.device) -> dict[str, list[Spec]]:
@@ -51,13 +53,40 @@ def _on_cpu() -> dict[str, list[Spec]]:
     }
 
 
-def _on_gpu(device: str) -> dict[str, list[Spec]]:
-    heads = ["llama3-8b", "qwen2.5-7b", "gemma2-2b", "mistral-7b", "qwen2.5-0.5b"]
-    lengths = [f"length-{length}" for length in LENGTHS]
-    batches = ["dense", "ultrafeedback"]
+# Each compiles for every shape, which takes longer than all else: they come last.
+COMPILED = ("compiled", "liger")
+
+
+def gpu_race() -> dict[str, list[Spec]]:
+    """The race that the targets are about, cut in two by how long a provider takes to start."""
+    batches, everyone = targets.GPU_BATCHES, default_names(torch.device("cuda"))
+    quick = [name for name in everyone if name not in (*COMPILED, "ours_torch")]
+
+    def specs(case: str, providers: Sequence[str]) -> list[Spec]:
+        return _specs("cuda", [case], batches, heads=HEADS, dtypes=["bfloat16"], only=providers)
+
     return {
-        "headline": _specs(device, ["llama3-8b"], batches, heads=HEADS, dtypes=["bfloat16"]),
-        "heads": _specs(device, heads[1:], batches, heads=HEADS, dtypes=["bfloat16"]),
+        "uncompiled": [
+            spec
+            for case in targets.GPU_CASES
+            for spec in (*specs(case, quick), *_evaluation([case], batches, ("ours", "naive", FLOOR)))
+        ],
+        "compiled": [spec for case in targets.GPU_CASES for spec in specs(case, COMPILED)],
+    }
+
+
+def _evaluation(cases: Sequence[str], batches: Sequence[str], providers: Sequence[str]) -> list[Spec]:
+    return race.specs(
+        cases, batches, ["trained-like"], ["trainable"], ["bfloat16"], ["forward"], providers,
+        device="cuda", repeats=REPEATS["cuda"], seconds=SECONDS["cuda"],
+    )  # fmt: skip
+
+
+def _on_gpu(device: str) -> dict[str, list[Spec]]:
+    lengths = [f"length-{length}" for length in LENGTHS]
+    return {
+        **gpu_race(),
+        "mistral": _specs(device, ["mistral-7b"], targets.GPU_BATCHES, heads=HEADS, dtypes=["bfloat16"]),
         "long": _specs(device, ["llama3-8b"], ["long"], heads=HEADS, dtypes=["bfloat16"]),
         "lengths": _specs(
             device, ["llama3-8b"], lengths, heads=["trainable"], dtypes=["bfloat16"], skip=NOT_IN_LENGTHS
@@ -75,10 +104,19 @@ def _specs(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> list[Spec]:
-    names = [name for name in default_names(torch.device(device), torch.bfloat16) if name not in skip]
+    names = [name for name in default_names(torch.device(device)) if name not in skip]
     names = [name for name in names if not only or name in only]
     return race.specs(
-        cases, batches, ["trained-like"], heads, dtypes, ["full"], names, device=device, repeats=5, seconds=10
+        cases,
+        batches,
+        ["trained-like"],
+        heads,
+        dtypes,
+        ["full"],
+        names,
+        device=device,
+        repeats=REPEATS[device],
+        seconds=SECONDS[device],
     )
 
 
@@ -104,7 +142,7 @@ def record(device: torch.device, only: Sequence[str], path: Path, providers: Seq
     before = kept.rows
 
     def keep(rows: list[Row]) -> None:
-        kept.rows = _merged(before, rows)
+        kept.rows = merged(before, rows)
         kept.save(path)
 
     race.run(wanted, keep)
@@ -114,7 +152,8 @@ def record(device: torch.device, only: Sequence[str], path: Path, providers: Seq
     return kept
 
 
-def _merged(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+def merged(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+    """What was measured again replaces what it was."""
     rows = {(*row.group, row.provider): row for row in (*before, *after)}
     return list(rows.values())
 

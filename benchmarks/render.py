@@ -12,9 +12,8 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks import accuracy, record, report
+from benchmarks import accuracy, record, report, targets
 from benchmarks.machine import ROOT
 from benchmarks.providers import FLOOR
 from benchmarks.report import number
@@ -153,50 +152,10 @@ def _picture(machine_class: str, _: Record) -> str:
     return f"![Time over the floor and peak memory by provider, and both as sequences grow](images/{machine_class}.png)"
 
 
-class Target(NamedTuple):
-    """A claim about ``ours`` in one group against one other row of it."""
-
-    claim: str
-    group: tuple[str, ...]
-    other: str
-    value: Callable[[Row], float | None]
-    least: float  # other's value over ours
-
-
-def _time(row: Row) -> float | None:
-    return row.median_ms
-
-
-def _resident(row: Row) -> float | None:
-    return row.peak_rss_mib
-
-
-_LARGE = ("qwen2.5-0.5b-cpu", "ragged-cpu", "trained-like", "trainable", "bfloat16", "full")
-_LARGE_FLOAT32 = ("qwen2.5-0.5b-cpu", "ragged-cpu", "trained-like", "trainable", "float32", "full")
-_SMALL_FLOAT32 = ("small-v32k-cpu", "ragged-cpu", "trained-like", "trainable", "float32", "full")
-CPU_TARGETS = (
-    Target("floor / time, bfloat16, V 128256", _LARGE, FLOOR, _time, 1 / 1.25),
-    Target("faster than Liger uncompiled, bfloat16, V 128256", _LARGE, "liger_eager", _time, 5),
-    Target("faster than naive, bfloat16, V 128256", _LARGE, "naive", _time, 3.5),
-    Target("less memory of the process than naive, bfloat16, V 128256", _LARGE, "naive", _resident, 3),
-    Target("faster than naive, float32, V 128256", _LARGE_FLOAT32, "naive", _time, 1.5),
-    Target("faster than naive, float32, V 32000", _SMALL_FLOAT32, "naive", _time, 1),
-)
-
-
 def _targets(machine_class: str, found: Record) -> str:
     """What was promised beside what was measured, as factors: larger is better."""
-    rows = []
-    for target in CPU_TARGETS if machine_class == "cpu" else ():
-        members = {row.provider: row for row in found.rows if row.group == target.group}
-        ours, other = members.get("ours"), members.get(target.other)
-        mine, theirs = (None if row is None else target.value(row) for row in (ours, other))
-        if target.other == FLOOR and ours is not None:
-            theirs = ours.floor_ms  # timed in turn with ours, not minutes apart
-        factor = theirs / mine if mine and theirs else None
-        verdict = "not measured" if factor is None else "yes" if factor >= target.least else "no"
-        rows.append((target.claim, f"{target.least:.2g}", number(factor, ".2f"), verdict))
-    return _where(found) + _markdown(("claim", "at least", "measured", "holds"), rows)
+    rows = [(*verdict[:3], verdict.word) for verdict in targets.verdicts(machine_class, found)]
+    return _where(found) + _markdown(("claim", "bound", "measured", "holds"), rows)
 
 
 TABLES: dict[str, Callable[[str, Record], str]] = {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.cases import DTypeName, HeadName, Phase
 
-Status = Literal["ok", "unsupported", "out of memory", "wrong", "failed"]
+Status = Literal["ok", "unsupported", "out of memory", "wrong", "failed", "not reached"]
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,26 @@ class AccuracyRow:
         return self.ours <= self.allowed
 
 
+@dataclass(frozen=True)
+class Check:
+    """One command that proves something or fails: the test suite, a sanitizer."""
+
+    name: str
+    status: Literal["ok", "failed", "not available", "not reached"]
+    seconds: float
+    detail: str  # the command's own last words, or why it did not run
+
+
 @dataclass
 class Record:
-    """One file: where and when, the race, the accuracy."""
+    """One file: where and when, the race, the accuracy, what was checked beside them."""
 
     machine: str = ""
     date: str = ""
     commit: str = ""
     rows: list[Row] = field(default_factory=list)
     accuracy: list[AccuracyRow] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,4 +141,5 @@ class Record:
             commit=found.get("commit", ""),
             rows=[Row(**row) for row in found["rows"]],
             accuracy=[AccuracyRow(**row) for row in found.get("accuracy", [])],
+            checks=[Check(**row) for row in found.get("checks", [])],
         )

@@ -73,6 +73,8 @@ class TritonBackend:
         if dtype == torch.float64:
             return "its kernels add in float32, so float64 inputs would lose what they are for"
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                return "torch sees no CUDA device"
             if arch_of(device) == "none":
                 return "it needs compute capability 8.0 or newer"
         elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
