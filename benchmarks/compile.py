@@ -161,15 +161,15 @@ def _jobs(backend: TritonBackend) -> Iterator[tuple[Any, tuple[torch.Tensor, tor
 def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
     meta = dict(meta)
     warps, stages = meta.pop("num_warps", 4), meta.pop("num_stages", 3)
-    fixed = {kernel.arg_names[i] for i in kernel.do_not_specialize or () if isinstance(i, int)}
-    fixed |= {name for name in kernel.do_not_specialize or () if isinstance(name, str)}
+    fixed = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
     signature, constants, divisible = {}, dict(meta), []
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if value is None or (isinstance(value, int) and value == 1 and name not in fixed):
             constants[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-            divisible.append(place)
+            if name not in fixed:
+                divisible.append(place)
         elif isinstance(value, int):
             signature[name] = "i32"
             if name not in fixed and value % 16 == 0:

@@ -51,7 +51,7 @@ def measure(spec: Spec) -> Row:
         return row.with_(status="unsupported", reason=str(reason))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
-            return row.with_(status="out of memory", reason=_first_line(error))
+            return row.with_(status="out of memory", reason=first_line(error))
         return _failed(row, error)
     except Exception as error:  # a row that failed is a result; the race goes on
         return _failed(row, error)
@@ -190,15 +190,15 @@ def _circumstances(spec: Spec) -> dict[str, str]:
 
 def _failed(row: Row, error: Exception) -> Row:
     traceback.print_exception(error)
-    return row.with_(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
+    return row.with_(status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _be_first_to_die() -> None:
+def be_first_to_die() -> None:
     """If the machine runs out of memory, the kernel shall end this process, whose row then says so, and no other."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -223,5 +223,5 @@ def main(specs: str, answer: str, deadline: str) -> None:
 
 
 if __name__ == "__main__":
-    _be_first_to_die()
+    be_first_to_die()
     main(*sys.argv[1:])

@@ -264,7 +264,7 @@ def measure_all(spec: TrainSpec) -> Iterator[TrainRow]:
 
 
 def _verdict(error: Exception) -> tuple[TrainStatus, str]:
-    line = measure._first_line(error)
+    line = measure.first_line(error)
     if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in measure.OUT_OF_MEMORY):
         return "out of memory", line
     return "failed", f"{type(error).__name__}: {line}"
@@ -395,5 +395,5 @@ def main(spec: TrainSpec, answer: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure._be_first_to_die()
+    measure.be_first_to_die()
     main(TrainSpec(**json.loads(sys.argv[1])), Path(sys.argv[2]))

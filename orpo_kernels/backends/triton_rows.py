@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from orpo_kernels.backends.triton_score import _cap
+from orpo_kernels.backends.triton_score import ANY_BATCH, _cap
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1 / (1 + small), small / (1 + small))
 
 
-@triton.jit
+@triton.jit(**ANY_BATCH)
 def label_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr, label_ptr, slope_ptr, shift_ptr, total_ptr,
     H, hidden_stride, weight_stride, logit_scale, softcap,
@@ -70,7 +70,7 @@ def label_kernel(
     tl.store(total_ptr + row, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "tiles"])
+@triton.jit(**ANY_BATCH)
 def settle_kernel(
     sums_ptr, logit_sums_ptr, total_ptr, logit_total_ptr, lost_ptr, N, tiles, most,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, LOGIT_SUMS: tl.constexpr,
@@ -97,7 +97,7 @@ def settle_kernel(
         tl.store(logit_total_ptr + rows, logits, mask=known)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(**ANY_BATCH)
 def resettle_kernel(
     sums_ptr, maxima_ptr, total_ptr, shift_ptr, lost_ptr, unit_ptr, N, H, unit_stride,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr, HAS_UNIT: tl.constexpr,
@@ -125,7 +125,7 @@ def resettle_kernel(
             tl.store(here, tl.load(here, mask=mask, other=0.0) * factor[:, None], mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(**ANY_BATCH)
 def finish_kernel(
     label_ptr, shift_ptr, total_ptr, logps_ptr, inverse_ptr, entry_ptr, N, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -146,7 +146,7 @@ def finish_kernel(
     tl.store(entry_ptr + rows, -total * slope, mask=known)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first"])
+@triton.jit(**ANY_BATCH)
 def label_entry_kernel(exps_ptr, entry_ptr, targets_ptr, N, V, first, exps_stride, BLOCK_N: tl.constexpr):
     """Write each row's entry at its label's place, where that lies in the slice."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -156,7 +156,7 @@ def label_entry_kernel(exps_ptr, entry_ptr, targets_ptr, N, V, first, exps_strid
     tl.store(exps_ptr + rows.to(tl.int64) * exps_stride + label, entry.to(exps_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(**ANY_BATCH)
 def rows_kernel(
     source_ptr, out_ptr, source_rows_ptr, out_rows_ptr, a_ptr, b_ptr, entry_ptr, weight_ptr, targets_ptr,
     H, source_stride, out_stride, weight_stride, factor,
@@ -186,7 +186,7 @@ def rows_kernel(
     tl.store(out_ptr + out_row * out_stride + features, (k * values).to(out_ptr.dtype.element_ty), mask=features < H)
 
 
-@triton.jit
+@triton.jit(**ANY_BATCH)
 def scale_kernel(values_ptr, scale_ptr, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """``values *= scale`` in place. The scale stays on the device; when it is 1, the usual case, nothing is touched."""
     scale = tl.load(scale_ptr).to(tl.float32)
@@ -199,7 +199,7 @@ def scale_kernel(values_ptr, scale_ptr, size, BLOCK: tl.constexpr, STEPS: tl.con
         tl.store(values_ptr + places, (values * scale).to(values_ptr.dtype.element_ty), mask=places < size)
 
 
-@triton.jit(do_not_specialize=["pairs", "base"])
+@triton.jit(**ANY_BATCH)
 def odds_ratio_kernel(
     logps_ptr, answer_weight_ptr, nll_weight_ptr, offsets_ptr, valid_ptr, coefficients_ptr, table_ptr,
     pairs, base, beta, nll_weight, share, chosen_bound, rejected_bound, tiny, BLOCK: tl.constexpr,

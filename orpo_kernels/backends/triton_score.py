@@ -10,6 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Triton compiles anew for another divisibility of a size or another alignment of a pointer. Those that follow from the
+# batch or from where a slice of it begins are left out of that, so that no batch compiles anything new.
+ANY_BATCH = {
+    "do_not_specialize": ["N", "V", "first", "tiles", "pairs", "base", "size"],
+    "do_not_specialize_on_alignment": [
+        "shift_ptr", "targets_ptr", "sums_ptr", "logit_sums_ptr", "label_ptr", "slope_ptr", "total_ptr",
+        "logit_total_ptr", "lost_ptr", "maxima_ptr", "logps_ptr", "inverse_ptr", "entry_ptr", "source_rows_ptr",
+        "out_rows_ptr", "a_ptr", "b_ptr", "answer_weight_ptr", "nll_weight_ptr", "offsets_ptr", "valid_ptr",
+        "coefficients_ptr", "table_ptr",
+    ],
+}  # fmt: skip
+
 
 @triton.jit
 def _cap(logits, softcap, HAS_SOFTCAP: tl.constexpr):
@@ -115,7 +127,7 @@ def _epilogue(
         tl.store(logit_sums_ptr + place, logit_sum, mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first"])
+@triton.jit(**ANY_BATCH)
 def score_tma_kernel(
     hidden_desc, weight_desc, exps_desc, bias_ptr, shift_ptr, targets_ptr, sums_ptr, logit_sums_ptr,
     N, V, H, first, logit_scale, softcap,
@@ -139,7 +151,7 @@ def score_tma_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "V", "first"])
+@triton.jit(**ANY_BATCH)
 def score_kernel(
     hidden_ptr, weight_ptr, exps_ptr, bias_ptr, shift_ptr, targets_ptr, sums_ptr, logit_sums_ptr,
     N, V, H, first, hidden_stride, weight_stride, exps_stride, logit_scale, softcap,
@@ -177,7 +189,7 @@ def score_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "V", "first"])
+@triton.jit(**ANY_BATCH)
 def exp_pass_kernel(
     logits_ptr, exps_ptr, bias_ptr, shift_ptr, targets_ptr, sums_ptr, logit_sums_ptr,
     N, V, first, logits_stride, exps_stride, logit_scale, softcap,
@@ -197,7 +209,7 @@ def exp_pass_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "V", "first"])
+@triton.jit(**ANY_BATCH)
 def rescue_kernel(
     hidden_ptr, weight_ptr, exps_ptr, bias_ptr, shift_ptr, targets_ptr, lost_ptr, maxima_ptr, sums_ptr,
     N, V, H, first, hidden_stride, weight_stride, exps_stride, logit_scale, softcap,
