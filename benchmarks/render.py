@@ -158,6 +158,15 @@ def _targets(machine_class: str, found: Record) -> str:
     return _where(found) + _markdown(("claim", "bound", "measured", "holds"), rows)
 
 
+def _checks(_: str, found: Record) -> str:
+    """What was proven beside the race."""
+    rows = [
+        (check.name, check.status, number(check.seconds), check.detail.splitlines()[0] if check.detail else "")
+        for check in found.checks
+    ]
+    return _where(found) + _markdown(("check", "status", "seconds", "its last words"), rows)
+
+
 TABLES: dict[str, Callable[[str, Record], str]] = {
     "readme": _readme,
     "headline": _headline,
@@ -166,6 +175,7 @@ TABLES: dict[str, Callable[[str, Record], str]] = {
     "race": _race,
     "beaten": _beaten,
     "accuracy": _accuracy,
+    "checks": _checks,
 }
 
 
