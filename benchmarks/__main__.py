@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train."""
+"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train, tune, profile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, compile, gpu, machine, race, record, render, report, train
+from benchmarks import accuracy, compile, gpu, machine, profile, race, record, render, report, train, tune
 from benchmarks.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, Batch, Case
 from benchmarks.providers import NAMES, default_names
 from benchmarks.rows import Record, Row, Spec
@@ -132,6 +132,35 @@ def _gpu(options: argparse.Namespace, console: Console) -> int:
     return gpu.run(device, options.seconds, path, options.only or (), console)
 
 
+def _tune(options: argparse.Namespace, console: Console) -> int:
+    try:
+        cases, arch = tune.cases_of(options.cases, options.device, options.dry_run)
+    except ValueError as problem:
+        console.print(str(problem))
+        return 2
+    if options.dry_run:
+        tune.print_plan(cases, arch, console)
+        return 0
+
+    def keep(rows: list[tune.TuneRow]) -> None:
+        if options.json:
+            tune.save(options.json, rows)
+
+    rows = tune.run(cases, arch, torch.device(options.device), options.seconds, keep)
+    tune.print_rows(rows, arch, console)
+    return 1 if any(row.status == "wrong" for row in rows) else 0
+
+
+def _profile(options: argparse.Namespace, console: Console) -> int:
+    device = torch.device(options.device)
+    case, batch = profile.DEFAULTS[device.type]
+    found = profile.run(options.case or case, options.batch or batch, options.head, device)
+    profile.print_profile(found, console)
+    if options.json:
+        profile.save(options.json, found)
+    return 0
+
+
 def _fitting(known: dict[str, Case] | dict[str, Batch], device: torch.device) -> list[str]:
     return [name for name, entry in known.items() if entry.cpu == (device.type == "cpu")]
 
@@ -202,6 +231,20 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--only", nargs="+", metavar="STEP", choices=gpu.STEPS, help=f"of {', '.join(gpu.STEPS)}")
     whole.add_argument("--dry-run", action="store_true", help="say what would run")
     whole.add_argument("--json", type=Path, help="another file than the machine's own")
+
+    tuning = command("tune", _tune, "race tiles of the score GEMM against the library's plain product")
+    several(tuning, "--cases", [*CASES, *tune.TINY], None)
+    tuning.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu interprets a tiny case")
+    tuning.add_argument("--seconds", type=float, default=tune.SECONDS, help="no new candidate after this long")
+    tuning.add_argument("--dry-run", action="store_true", help="only list the candidates, in their order")
+    tuning.add_argument("--json", type=Path, help="write the rows to this file")
+
+    profiling = command("profile", _profile, "one call of the loss by its steps, each against its own floor")
+    profiling.add_argument("--case", choices=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
+    profiling.add_argument("--batch", choices=list(BATCHES), metavar="NAME", help=f"of {', '.join(BATCHES)}")
+    profiling.add_argument("--head", choices=HEADS, default=HEADS[0])
+    on_device(profiling)
+    profiling.add_argument("--json", type=Path, help="write the steps to this file")
 
     rendering = command("render", _render, "write the newest records into README.md and docs/")
     rendering.add_argument("--check", action="store_true", help="only say whether they differ")

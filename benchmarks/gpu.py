@@ -148,7 +148,7 @@ def plan(device: torch.device, seconds: float, console: Console) -> None:
     sections = _toy() if device.type == "cpu" else record.gpu_race()
     for name, specs in sections.items():
         for spec in specs:
-            console.print(f"{name}: {' '.join(spec.group)} {spec.provider}", highlight=False)
+            console.print(f"{name}: {' '.join(spec.group)} {spec.provider}", highlight=False, soft_wrap=True)
 
 
 def _replace(found: Record, check: Check) -> None:
