@@ -6,7 +6,14 @@
 
 import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import orpo_kernels
 
 # Packages that only the comparison needs, unpacked by `make gpu` where there is no network. They come last, so that
 # nothing installed is replaced.
 sys.path += filter(None, [os.environ.get("ORPO_PEERS")])
+# A checkout that is not installed has the integrations beside the package, not inside it.
+if find_spec("orpo_kernels.integrations") is None:
+    orpo_kernels.__path__.append(str(Path(__file__).resolve().parent.parent))
