@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     tuning = command("tune", _tune, "race tiles of the score GEMM against the library's plain product")
     several(tuning, "--cases", [*CASES, *tune.TINY], None)
     tuning.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu interprets a tiny case")
-    tuning.add_argument("--seconds", type=float, default=tune.SECONDS, help="no new candidate after this long")
+    tuning.add_argument("--seconds", type=float, default=tune.SECONDS, help="no new measurement after this long")
     tuning.add_argument("--dry-run", action="store_true", help="only list the candidates, in their order")
     tuning.add_argument("--json", type=Path, help="write the rows to this file")
 
