@@ -111,6 +111,10 @@ def launches(arch: str) -> list[Launch]:
 
 def _run(job: Any, tensors: tuple[Any, ...]) -> None:
     if isinstance(job, Job):
+        labels, offsets = torch.zeros(64, dtype=torch.int64), torch.arange(5) * 16
+        for by_sequence in (False, True):
+            table = job.backend.count_scores(labels, labels, offsets, -100)
+            job.backend.compact_scores(labels, labels, offsets, table, 64, -100, by_sequence, torch.float32)
         run_orpo(job, *tensors)
     else:
         logps, unit, result = run_logprobs(job, *tensors)

@@ -178,4 +178,4 @@ def flat_nll_labels(nll_labels: Tensor, hidden: Tensor, ignore_index: int) -> Te
             rejected = torch.full_like(nll_labels, ignore_index, dtype=torch.int64)
             return torch.cat([nll_labels.long(), rejected]).reshape(-1)
     check_labels("nll_labels", nll_labels, hidden, expected=positions)
-    return nll_labels.long().reshape(-1)
+    return nll_labels.long().reshape(-1).contiguous()

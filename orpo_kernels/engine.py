@@ -6,7 +6,6 @@ Gradients are formed while E is at hand, in forward; backward multiplies them by
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,13 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orpo_kernels.backends import Backend, Forward, acc_dtype
-from orpo_kernels.objective import CHOSEN_BOUND, OddsRatio
+from orpo_kernels.objective import OddsRatio
 from orpo_kernels.pairs import PairTable
 from orpo_kernels.plan import Needs, Plan, room_of
 from orpo_kernels.scores import Head, Scores
-
-# Rows of a float32 copy of hidden, on the way to the mean logit.
-MEAN_ROWS = 4096
 
 
 class Losses(NamedTuple):
@@ -69,7 +65,8 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
     """The loss over ``hidden [rows, H]``, its parts, and the gradients ``job.needs`` asks for."""
     head = Head(weight, bias, job.logit_scale, job.softcap)
     scores, plan, needs, backend = job.scores, job.plan, job.needs, job.backend
-    capped = head.softcap is not None
+    # Without a softcap the mean over V moves inside the product: h . mean(W), no logits needed.
+    centre = backend.column_mean(weight) if head.softcap is None else None
     several = len(plan.groups) > 1
     acc = acc_dtype(hidden.dtype) if several else None
     grads = Grads(
@@ -79,15 +76,14 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
     )
     if plan.name == "stash" and scores.count:
         tables: list[PairTable] = []
-        logit_sums: list[Tensor | None] = []
         for group in plan.groups:
             part, pairs = slice(*group[2:]), slice(*group[:2])
             rows, targets = scores.rows[part], scores.targets[part]
             result = backend.forward(
-                hidden, rows, targets, head, keep=True, unit=needs.hidden, logit_sum=capped, room=plan.room
-            )
-            logit_sums.append(result.logit_sum)
-            tables.append(backend.pair_table(result.logps, scores, pairs, part, job.objective, job.nll_weight))
+                hidden, rows, targets, head, keep=True, unit=needs.hidden, logit_means=True, centre=centre,
+                room=plan.room,
+            )  # fmt: skip
+            tables.append(_table(job, result, pairs, part))
             g = tables[-1].coefficients
             if grads.hidden is not None:
                 backend.grad_hidden(
@@ -101,7 +97,7 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
             final = (None if g is None else g.to(grad_dtype(hidden.dtype)) for g in grads[1:])
             grads = Grads(grads.hidden, *final)
         table = PairTable(*(torch.cat(columns) for columns in zip(*tables, strict=True)))
-        return _losses(job, head, hidden, table, _joined(logit_sums)), grads
+        return _losses(job, head, table), grads
 
     # Without E, d logp / d hidden is formed before the coefficients are known, which needs every score of a pair. It
     # waits in the gradient itself, unless two scores share a row.
@@ -110,10 +106,10 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
         unit = unit.new_empty((scores.count, hidden.shape[1]))
         places = torch.arange(scores.count, device=unit.device)
     result = _stream(
-        backend, hidden, scores.rows, scores.targets, head, unit=unit, places=places, logit_sum=capped, room=plan.room
-    )
-    every = slice(0, scores.pairs), slice(0, scores.count)
-    table = backend.pair_table(result.logps, scores, *every, job.objective, job.nll_weight)
+        backend, hidden, scores.rows, scores.targets, head, unit=unit, places=places, logit_means=True, centre=centre,
+        room=plan.room,
+    )  # fmt: skip
+    table = _table(job, result, slice(0, scores.pairs), slice(0, scores.count))
     g = table.coefficients
     if grads.hidden is not None and unit is not None:
         backend.scale_rows(unit, places, g)
@@ -124,7 +120,7 @@ def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
         backend.grad_head(
             result, hidden, scores.rows, scores.targets, head, g, *grads[1:], accumulate=False, room=plan.room
         )
-    return _losses(job, head, hidden, table, result.logit_sum), grads
+    return _losses(job, head, table), grads
 
 
 def _like_contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,14 +128,16 @@ def _like_contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return torch.empty_like(tensor, dtype=dtype or grad_dtype(tensor.dtype), memory_format=torch.contiguous_format)
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    return torch.cat(known) if known else None
+def _table(job: Job, result: Forward, pairs: slice, part: slice) -> PairTable:
+    assert result.logit_means is not None  # asked for
+    return job.backend.pair_table(
+        result.logps, result.logit_means, job.scores, pairs, part, job.objective, job.nll_weight
+    )
 
 
 def _stream(
     backend: Backend, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, unit: Tensor | None = None,
-    places: Tensor | None = None, logit_sum: bool, room: int,
+    places: Tensor | None = None, logit_means: bool = False, centre: Tensor | None = None, room: int,
 ) -> Forward:  # fmt: skip
     """``backend.forward`` over chunks of rows, without E; ``unit[places]`` becomes d logp / d hidden."""
     step = backend.rows_at_once(hidden.shape[1], room)
@@ -147,8 +145,9 @@ def _stream(
     for start in range(0, max(rows.numel(), 1), step):
         of = slice(start, start + step)
         part = backend.forward(
-            hidden, rows[of], targets[of], head, keep=False, unit=unit is not None, logit_sum=logit_sum, room=room
-        )
+            hidden, rows[of], targets[of], head, keep=False, unit=unit is not None, logit_means=logit_means,
+            centre=centre, room=room,
+        )  # fmt: skip
         if unit is not None and places is not None:
             backend.grad_hidden(part, places[of], targets[of], head, None, unit, shared=False, room=room)
         parts.append(part._replace(unit=None))
@@ -159,54 +158,30 @@ def _stream(
         entry=torch.cat([part.entry for part in parts]),
         unit=None,
         exps=None,
-        logit_sum=_joined([part.logit_sum for part in parts]),
+        logit_means=torch.cat([part.logit_means for part in parts if part.logit_means is not None])
+        if logit_means
+        else None,
     )
 
 
-def _losses(job: Job, head: Head, hidden: Tensor, table: PairTable, logit_sums: Tensor | None) -> Losses:
-    # A mean that rounds to 0 is moved off it, so that 0 says "no token" and nothing else.
-    valid = job.scores.pair_valid
-    chosen, rejected = (torch.where(valid, m.clamp(max=CHOSEN_BOUND), m) for m in (table.chosen, table.rejected))
-    nll, odds, log_sigmoid, log_odds = torch.stack(table[2:6]).sum(1).unbind()
-    means = _logit_means(job, head, hidden, logit_sums)
+def _losses(job: Job, head: Head, table: PairTable) -> Losses:
+    sums = torch.stack(table[2:8]).sum(1)
+    nll, odds, log_sigmoid, log_odds, *logits = sums.unbind()
+    means = [total / max(count, 1) for total, count in zip(logits, job.scores.side_counts, strict=True)]
+    if head.bias is not None and head.softcap is None:
+        bias = head.logit_scale * head.bias.to(sums.dtype).mean()
+        means = [mean + bias if count else mean for mean, count in zip(means, job.scores.side_counts, strict=True)]
     return Losses(
         loss=job.nll_weight * nll + odds,
         nll_loss=nll,
         odds_ratio_loss=odds,
-        chosen_logps=chosen,
-        rejected_logps=rejected,
+        chosen_logps=table.chosen,
+        rejected_logps=table.rejected,
         log_odds_ratio=log_sigmoid,
         log_odds_chosen=log_odds,
         chosen_logits_mean=means[0],
         rejected_logits_mean=means[1],
     )
-
-
-def _logit_means(job: Job, head: Head, hidden: Tensor, logit_sums: Tensor | None) -> Tensor:
-    """Mean capped logit over each side's scores and the vocabulary, ``[2]``.
-
-    Without a softcap the mean over V moves inside the product: ``h . mean(W)``. Under one the sums come from the tiles.
-    """
-    scores = job.scores
-    acc = acc_dtype(hidden.dtype)
-    sides = torch.arange(2, device=hidden.device).repeat(scores.pairs)
-    side = torch.repeat_interleave(sides, scores.offsets.diff(), output_size=scores.count)
-    member = torch.nn.functional.one_hot(side, 2).T.to(acc)  # [2, N]
-    counts = member.sum(1).clamp(min=1)
-    if logit_sums is not None:
-        return member @ logit_sums / (counts * head.vocab)
-    rows = torch.zeros((2, hidden.shape[1]), dtype=acc, device=hidden.device)
-    for start in range(0, scores.count, MEAN_ROWS):
-        part = slice(start, start + MEAN_ROWS)
-        rows += member[:, part] @ hidden[scores.rows[part]].to(acc)
-    return _centre_logit(job.backend, rows / counts[:, None], head) * (member.sum(1) > 0)
-
-
-def _centre_logit(backend: Backend, rows: Tensor, head: Head) -> Tensor:
-    """Mean over V of the uncapped logits of ``rows [k, H]`` without a logit: ``scale (h . mean(W) + mean(b))``."""
-    mean_bias = 0.0 if head.bias is None else head.bias.to(rows.dtype).mean()
-    mean: Tensor = head.logit_scale * (rows @ backend.column_mean(head.weight) + mean_bias)
-    return mean
 
 
 @torch.no_grad()
@@ -216,12 +191,15 @@ def mean_logit(backend: Backend, hidden: Tensor, head: Head) -> Tensor:
         return torch.zeros((), dtype=acc_dtype(hidden.dtype), device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         if head.softcap is None:
-            return _centre_logit(backend, hidden.mean(0, keepdim=True, dtype=acc_dtype(hidden.dtype)), head)[0]
+            mean = hidden.mean(0, dtype=acc_dtype(hidden.dtype))
+            bias = 0.0 if head.bias is None else head.bias.to(mean.dtype).mean()
+            uncapped: Tensor = head.logit_scale * (mean @ backend.column_mean(head.weight) + bias)
+            return uncapped
         every = torch.arange(hidden.shape[0], device=hidden.device)
         room = room_of(None, backend)
-        result = _stream(backend, hidden, every, torch.zeros_like(every), head, logit_sum=True, room=room)
-    assert result.logit_sum is not None  # asked for, and there is a softcap
-    return result.logit_sum.mean() / head.vocab
+        result = _stream(backend, hidden, every, torch.zeros_like(every), head, logit_means=True, room=room)
+    assert result.logit_means is not None  # asked for
+    return result.logit_means.mean()
 
 
 class OrpoFunction(torch.autograd.Function):
@@ -287,9 +265,7 @@ def run_logprobs(
         unit = hidden.new_empty((job.rows.numel(), hidden.shape[1]), dtype=grad_dtype(hidden.dtype))
         places = torch.arange(job.rows.numel(), device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        result = _stream(
-            job.backend, hidden, job.rows, job.targets, head, unit=unit, places=places, logit_sum=False, room=job.room
-        )
+        result = _stream(job.backend, hidden, job.rows, job.targets, head, unit=unit, places=places, room=job.room)
     return result.logps.new_zeros(job.positions).index_copy_(0, job.rows, result.logps), unit, result
 
 

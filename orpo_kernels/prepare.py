@@ -60,24 +60,25 @@ def prepare_orpo(
     checks.check_labels("labels", labels, hidden, expected=hidden.shape[:-1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, hidden)
-        offsets = cu_seqlens.long()
+        offsets = cu_seqlens.long().contiguous()
     else:
         offsets = checks.padded_offsets(hidden)
-    flat = labels.long().reshape(-1)
-    chosen_positions = torch.arange(flat.numel(), device=flat.device) < offsets[offsets.numel() // 2]
+    flat = labels.long().reshape(-1).contiguous()
     nll_flat = flat
     if nll_labels is not None:
         nll_flat = checks.flat_nll_labels(nll_labels, hidden, ignore_index)
+    chosen_backend = select(backend, hidden.device, hidden.dtype)
     scores = orpo_scores(
         flat,
-        torch.where(chosen_positions, nll_flat, ignore_index),
+        nll_flat,
         offsets,
         weight.shape[0],
         ignore_index=ignore_index,
         nll_reduction=nll_reduction,
         dtype=acc_dtype(hidden.dtype),
+        count=chosen_backend.count_scores,
+        compact=chosen_backend.compact_scores,
     )
-    chosen_backend = select(backend, hidden.device, hidden.dtype)
     needs = needs or needs_of(hidden, weight, bias)
     plan = choose(
         needs,

@@ -6,7 +6,9 @@ Padding, the rejected side's prompt and the last position are no scores and neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,7 @@ class Scores:
     offsets: Tensor  # [2P + 1] int64, where the scores of chosen 0, rejected 0, chosen 1, ... begin
     pair_valid: Tensor  # [P] bool, both answers have a token
     pair_sizes: tuple[int, ...]  # scores of each pair, on the host: the planner cuts by it
+    side_counts: tuple[int, int]  # scores of the chosen and of the rejected side
     valid_pairs: int
     shared_rows: bool  # some row carries two targets
 
@@ -57,17 +60,45 @@ class Scores:
         return len(self.pair_sizes)
 
 
+class Counts(NamedTuple):
+    """Columns of the table ``[2P, 8]`` int64 that says how many of what each sequence holds."""
+
+    answers: int
+    nlls: int
+    first: int  # positions that are a score
+    separate: int  # of these, how many are two: the NLL names another token than the answer
+    low: int  # smallest and largest label that counts, and 0
+    high: int
+    nll_low: int
+    nll_high: int
+
+
+class Columns(NamedTuple):
+    """The tensors of ``Scores``."""
+
+    rows: Tensor
+    targets: Tensor
+    nll_weight: Tensor
+    answer_weight: Tensor
+    offsets: Tensor
+    pair_valid: Tensor
+
+
 def orpo_scores(
     labels: Tensor,  # [positions], flattened
-    nll_labels: Tensor,  # [positions], flattened; already `ignore_index` on the rejected side
+    nll_labels: Tensor,  # [positions], flattened; the chosen half counts
     offsets: Tensor,  # [2P + 1] int64, where each sequence begins; chosen 0..P-1, then rejected
     vocab: int,
     *,
     ignore_index: int,
     nll_reduction: str,
     dtype: torch.dtype,
+    count: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    compact: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool, torch.dtype], Columns],
 ) -> Scores:
     """Compact labels into scores, with one device-to-host copy that also carries the checks of the labels.
+
+    ``count`` and ``compact`` are ``count_scores`` and ``compact_scores``, or a backend's own.
 
     Raises:
         ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
@@ -75,67 +106,86 @@ def orpo_scores(
     """
     _refuse_capture(labels)
     pairs = (offsets.numel() - 1) // 2
+    table = count(labels, nll_labels, offsets, ignore_index)
+    host = [Counts(*row) for row in table.tolist()]  # the one host sync of a call
+    for name, low, high in (("labels", "low", "high"), ("nll_labels", "nll_low", "nll_high")):
+        lowest, highest = min(getattr(row, low) for row in host), max(getattr(row, high) for row in host)
+        _check_labels(name, lowest, highest, vocab, ignore_index)
+    sizes = [row.first + row.separate for row in host]
+    columns = compact(labels, nll_labels, offsets, table, sum(sizes), ignore_index, nll_reduction == "sequence", dtype)
+    return Scores(
+        *columns,
+        pair_sizes=tuple(a + b for a, b in zip(sizes[:pairs], sizes[pairs:], strict=True)),
+        side_counts=(sum(sizes[:pairs]), sum(sizes[pairs:])),
+        valid_pairs=sum(1 for a, b in zip(host[:pairs], host[pairs:], strict=True) if a.answers and b.answers),
+        shared_rows=any(row.separate for row in host),
+    )
+
+
+def count_scores(labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    """``Counts`` of each sequence, ``[2P, 8]``. The label ranges are those of the batch in every row."""
+    nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
     in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
-    # Where both name the same token they are one score; where they differ the NLL's target is a score of its own.
-    separate = in_nll & in_answer & (labels != nll_labels)
-    first = in_answer | in_nll
 
     def per_sequence(mask: Tensor) -> Tensor:
         running = F.pad(mask.cumsum(0), (1, 0))
         return running[offsets[1:]] - running[offsets[:-1]]
 
-    answer_counts, nll_counts = per_sequence(in_answer), per_sequence(in_nll)
-    score_counts = per_sequence(first) + per_sequence(separate)
-    report = torch.stack(
-        [
-            first.sum(),
-            separate.sum(),
-            nll_counts.sum(),
-            *_label_report(labels, in_answer),
-            *_label_report(nll_labels, in_nll),
-        ]
-    )
-    host: list[int] = torch.cat([report, answer_counts, score_counts]).tolist()  # the one host sync of a call
-    n_first, n_separate, n_nll, low, high, nll_low, nll_high = host[:7]
-    _check_labels("labels", low, high, vocab, ignore_index)
-    _check_labels("nll_labels", nll_low, nll_high, vocab, ignore_index)
-    answers, sizes = host[7 : 7 + 2 * pairs], host[7 + 2 * pairs :]
+    counts = [
+        per_sequence(mask)
+        for mask in (in_answer, in_nll, in_answer | in_nll, in_answer & in_nll & (labels != nll_labels))
+    ]
+    ranges = [*_label_report(labels, in_answer), *_label_report(nll_labels, in_nll)]
+    return torch.stack([*counts, *(value.expand_as(counts[0]) for value in ranges)], 1)
 
-    def positions(mask: Tensor, size: int) -> Tensor:
-        return torch.nonzero_static(mask, size=size).view(-1)
 
-    rows = positions(first, n_first)
-    targets = torch.where(in_answer, labels, nll_labels)[rows]
-    is_nll, is_answer = (in_nll & ~separate)[rows], in_answer[rows]
-    if n_separate:
-        extra = positions(separate, n_separate)
-        rows, targets = torch.cat([rows, extra]), torch.cat([targets, nll_labels[extra]])
-        is_nll = torch.cat([is_nll, torch.ones_like(extra, dtype=torch.bool)])
-        is_answer = torch.cat([is_answer, torch.zeros_like(extra, dtype=torch.bool)])
+def compact_scores(
+    labels: Tensor,
+    nll_labels: Tensor,
+    offsets: Tensor,
+    table: Tensor,  # of count_scores
+    count: int,
+    ignore_index: int,
+    by_sequence: bool,
+    dtype: torch.dtype,
+) -> Columns:
+    """The scores pair by pair, chosen before rejected; a position's second score follows its sequence's others."""
+    nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
+    pairs = (offsets.numel() - 1) // 2
+    in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
+    separate = in_nll & in_answer & (labels != nll_labels)
+    answers, nlls, first, twice = table[:, :4].unbind(1)
 
+    # Every position once for its first score and once for its second; a stable sort by owner brings them in order.
+    scored = torch.cat([in_answer | in_nll, separate])
+    places = torch.nonzero_static(scored, size=count).view(-1)
+    rows = places % max(labels.numel(), 1)
+    second = places >= labels.numel()
     owner = torch.searchsorted(offsets[1:], rows, right=True)
-    order = torch.argsort(2 * (owner % pairs) + owner // pairs, stable=True)
-    rows, targets, is_nll, is_answer = rows[order], targets[order], is_nll[order], is_answer[order]
-    owner = owner[order]
+    order = torch.argsort(2 * (owner % max(pairs, 1)) + owner // max(pairs, 1), stable=True)
+    rows, second, owner = rows[order], second[order], owner[order]
+    of_nll = torch.where(in_answer[rows], second, True)  # whose label is the target
+    is_nll = (in_nll & ~separate)[rows] | second
 
-    if nll_reduction == "token":
-        nll_share = torch.full((2 * pairs,), 1.0 / max(n_nll, 1), dtype=dtype, device=rows.device)
-    else:  # the mean over the sequences that have an NLL token, of each one's mean
-        having = (nll_counts > 0).sum().clamp(min=1)
-        nll_share = 1.0 / (nll_counts.clamp(min=1) * having).to(dtype)
-    answer_share = 1.0 / answer_counts.clamp(min=1).to(dtype)
+    answer_share = 1.0 / answers.clamp(min=1).to(dtype)
+    if by_sequence:  # the mean over the sequences that have an NLL token, of each one's mean
+        nll_share = 1.0 / (nlls.clamp(min=1) * (nlls > 0).sum().clamp(min=1)).to(dtype)
+    else:
+        nll_share = (1.0 / nlls.sum().clamp(min=1).to(dtype)).expand_as(answer_share)
     by_segment = torch.arange(2 * pairs, device=rows.device).view(2, pairs).T.reshape(-1)
-    return Scores(
+    return Columns(
         rows=rows,
-        targets=targets,
+        targets=torch.where(of_nll, nll_labels[rows], labels[rows]),
         nll_weight=nll_share[owner] * is_nll,
-        answer_weight=answer_share[owner] * is_answer,
-        offsets=F.pad(score_counts[by_segment].cumsum(0), (1, 0)),
-        pair_valid=(answer_counts[:pairs] > 0) & (answer_counts[pairs:] > 0),
-        pair_sizes=tuple(a + b for a, b in zip(sizes[:pairs], sizes[pairs:], strict=True)),
-        valid_pairs=sum(1 for a, b in zip(answers[:pairs], answers[pairs:], strict=True) if a and b),
-        shared_rows=n_separate > 0,
+        answer_weight=answer_share[owner] * (in_answer[rows] & ~second),
+        offsets=F.pad((first + twice)[by_segment].cumsum(0), (1, 0)),
+        pair_valid=(answers[:pairs] > 0) & (answers[pairs:] > 0),
     )
+
+
+def _chosen_half(nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    positions = torch.arange(nll_labels.numel(), device=nll_labels.device)
+    return torch.where(positions < offsets[offsets.numel() // 2], nll_labels, ignore_index)
 
 
 def logprob_scores(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from orpo_kernels.backends.triton_configs import config
 from orpo_kernels.backends.triton_launch import Launches
 from orpo_kernels.objective import OddsRatio
 from orpo_kernels.pairs import pair_table
-from orpo_kernels.scores import Head, Scores, logprob_scores
+from orpo_kernels.scores import Head, Scores, compact_scores, count_scores, logprob_scores
 from tests.cases import DEVICE, TRITON_DTYPES, Case, check, make
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def _scores(lengths: list[int], weights: torch.Tensor) -> Scores:
         rows=torch.arange(n, device=DEVICE), targets=torch.zeros(n, dtype=torch.int64, device=DEVICE),
         nll_weight=weights[0, :n], answer_weight=weights[1, :n], offsets=offsets, pair_valid=valid,
         pair_sizes=tuple(lengths[2 * i] + lengths[2 * i + 1] for i in range(pairs)), valid_pairs=int(valid.sum()),
-        shared_rows=False,
+        side_counts=(sum(lengths[::2]), sum(lengths[1::2])), shared_rows=False,
     )  # fmt: skip
 
 
@@ -140,19 +140,53 @@ def test_odds_ratio_kernel(lengths: list[int], level: float, seed: int) -> None:
     n, pairs = sum(lengths), len(lengths) // 2
     logps = -level * torch.rand(n, generator=generator).to(DEVICE)
     weights = torch.rand(2, n, generator=generator).to(DEVICE) / max(n, 1)
+    means = torch.randn(n, generator=generator).to(DEVICE)
     scores = _scores(lengths, weights)
     exact = _scores(lengths, weights.double())
     for group in (slice(0, pairs), slice(pairs // 2, pairs)):
         part = slice(int(scores.offsets[2 * group.start]), n)
         arguments = (group, part, OddsRatio(0.7), 0.5)
-        truth = pair_table(logps[part].double(), exact, *arguments)
-        naive = pair_table(logps[part], scores, *arguments)
-        ours = TritonBackend().pair_table(logps[part], scores, *arguments)
+        truth = pair_table(logps[part].double(), means[part].double(), exact, *arguments)
+        naive = pair_table(logps[part], means[part], scores, *arguments)
+        ours = TritonBackend().pair_table(logps[part], means[part], scores, *arguments)
         for name, mine, theirs, expected in zip(truth._fields, ours, naive, truth, strict=True):
             assert torch.isfinite(mine).all(), name
             error, allowed = (mine - expected).abs(), 2 * (theirs - expected).abs()
             # Both round means and differences of float32 numbers of this size.
             assert (error <= allowed.clamp(min=3e-6 * (1.0 + float(expected.abs().max() if n else 0)))).all(), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).map(lambda half: half + half[::-1]),
+    ignore=st.sampled_from([-100, 0, 7]),
+    by_sequence=st.booleans(),
+    seed=st.integers(0, 1000),
+    keep=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+)
+def test_compaction(lengths: list[int], ignore: int, by_sequence: bool, seed: int, keep: float) -> None:
+    """The two launches give the scores of torch's sort, in its order, for ranges past a block and two targets a row."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [length * (60 if seed % 5 == 0 else 1) for length in lengths]
+    n = sum(lengths)
+    offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(DEVICE)
+
+    def labels() -> torch.Tensor:
+        drawn = torch.randint(-2, 9, (n,), generator=generator)
+        return drawn.masked_fill_(torch.rand(n, generator=generator) > keep, ignore).to(DEVICE)
+
+    answers = labels()
+    nll = torch.where(torch.rand(n, generator=generator).to(DEVICE) > 0.5, answers, labels())
+    backend = TritonBackend()
+    table = backend.count_scores(answers, nll, offsets, ignore)
+    expected = count_scores(answers, nll, offsets, ignore)
+    assert torch.equal(table[:, :4], expected[:, :4])
+    assert torch.equal(table[:, 4::2].amin(0), expected[:, 4::2].amin(0))
+    assert torch.equal(table[:, 5::2].amax(0), expected[:, 5::2].amax(0))
+    arguments = (answers, nll, offsets, table, int(table[:, 2:4].sum()), ignore, by_sequence, torch.float32)
+    mine, theirs = backend.compact_scores(*arguments), compact_scores(*arguments)
+    for name, a, b in zip(theirs._fields, mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orpo_kernels.objective import PairTerms
 from orpo_kernels.pairs import PairTable
-from orpo_kernels.scores import Head, Scores
+from orpo_kernels.scores import Columns, Head, Scores
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,7 +30,7 @@ class Forward(NamedTuple):
     entry: Tensor  # [n], what stands at the label's place in E: -S, times the softcap's slope at the label
     unit: Tensor | None  # the backend's own form of d logp / d hidden, where asked for and not to be had from exps
     exps: Tensor | None  # backend's own layout of E, where asked for
-    logit_sum: Tensor | None  # [n] sum of the capped logits over V, under a softcap where asked for
+    logit_means: Tensor | None  # [n] mean over V of a row's capped logits but for the bias's, where asked for
 
 
 class Backend(Protocol):
@@ -52,6 +52,24 @@ class Backend(Protocol):
         """Bytes of one entry of a kept E for inputs of ``dtype``."""
         ...
 
+    def count_scores(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+        """``scores.count_scores``."""
+        ...
+
+    def compact_scores(
+        self,
+        labels: Tensor,
+        nll_labels: Tensor,
+        offsets: Tensor,
+        table: Tensor,
+        count: int,
+        ignore_index: int,
+        by_sequence: bool,
+        dtype: torch.dtype,
+    ) -> Columns:
+        """``scores.compact_scores``."""
+        ...
+
     def rows_at_once(self, features: int, room: int) -> int:
         """Scores of one ``forward`` that keeps no E."""
         ...
@@ -69,18 +87,21 @@ class Backend(Protocol):
         *,
         keep: bool,
         unit: bool,
-        logit_sum: bool,
+        logit_means: bool,
+        centre: Tensor | None,
         room: int,
     ) -> Forward:
         """Log-probabilities of ``targets``, and what the backward needs.
 
-        ``keep`` asks for E, ``unit`` for what ``grad_hidden`` needs, ``logit_sum`` for the row sums of capped logits.
+        ``keep`` asks for E, ``unit`` for what ``grad_hidden`` needs. ``logit_means`` are ``scale * h . centre`` with
+        ``centre = mean(W)``; under a softcap, where no product gives them, they come from the tiles, biases included.
         """
         ...
 
     def pair_table(
         self,
         logps: Tensor,
+        logit_means: Tensor,
         scores: Scores,
         pairs: slice,
         part: slice,

@@ -28,16 +28,15 @@ one product if there is one chunk, else in float32 by chunk order. No atomics, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.backends import Forward, acc_dtype
-from orpo_kernels.objective import PairTerms
-from orpo_kernels.pairs import PairTable, pair_table
-from orpo_kernels.scores import Head, Scores
+from orpo_kernels.pairs import pair_table
+from orpo_kernels.scores import Head, compact_scores, count_scores
 
 # A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
 # Measured at n = 2697: slices of 2,048 rows (11 MB) are a little faster than 4,096, and 8,192 cost 1.7x.
@@ -79,6 +78,9 @@ class TorchBackend:
 
     name = "torch"
     tuned_for = "cpu"
+    count_scores = staticmethod(count_scores)
+    compact_scores = staticmethod(compact_scores)
+    pair_table = staticmethod(pair_table)
     least_room = 0  # its tiles live in the cache whatever the room, so it never asks how much there is
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -102,8 +104,8 @@ class TorchBackend:
         return total / weight.shape[0]
 
     def forward(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool,
-        room: int,
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool,
+        logit_means: bool, centre: Tensor | None, room: int,
     ) -> Forward:  # fmt: skip
         compute, acc = _compute_dtype(hidden.dtype), acc_dtype(hidden.dtype)
         hidden = hidden[rows].to(compute)
@@ -113,7 +115,11 @@ class TorchBackend:
         shift = _representable(label, head, compute)
         exps = _take_exps(vocab, n, hidden) if keep else None
 
-        total, unit_t, sums = _stream(hidden, targets, head, shift, exps, unit=unit, logit_sum=logit_sum)
+        total, unit_t, sums = _stream(hidden, targets, head, shift, exps, unit=unit, logit_sum=logit_means)
+        means = None if sums is None else sums / vocab
+        if logit_means and centre is not None:
+            means = torch.cat([hidden[part].to(acc) @ centre for part in _row_parts(hidden)] or [label])
+            means *= head.logit_scale
 
         # One host sync on a GPU, free on a CPU; almost always there is no such row.
         rescued = torch.nonzero(~(total < RESCUE_ABOVE)).view(-1)
@@ -146,13 +152,7 @@ class TorchBackend:
             for part in _row_parts(hidden):
                 label_term = entry[part, None] * head.weight[targets[part]].to(acc)
                 result_unit[part] = (unit_t[:, part].T + label_term) * (-head.logit_scale * inverse[part, None])
-        return Forward(logps, shift, inverse, entry, result_unit, exps, sums)
-
-    def pair_table(
-        self, logps: Tensor, scores: Scores, pairs: slice, part: slice,
-        objective: Callable[[Tensor, Tensor], PairTerms], nll_weight: float,
-    ) -> PairTable:  # fmt: skip
-        return pair_table(logps, scores, pairs, part, objective, nll_weight)
+        return Forward(logps, shift, inverse, entry, result_unit, exps, means)
 
     def grad_hidden(
         self, result: Forward, rows: Tensor, targets: Tensor, head: Head, grad_logps: Tensor | None, out: Tensor, *,

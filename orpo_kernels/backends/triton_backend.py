@@ -32,7 +32,7 @@ from orpo_kernels.backends import Forward
 from orpo_kernels.backends.triton_configs import Config, Tile, arch_of, config
 from orpo_kernels.objective import CHOSEN_BOUND, REJECTED_BOUND, OddsRatio, PairTerms
 from orpo_kernels.pairs import PairTable, pair_table
-from orpo_kernels.scores import Head, Scores
+from orpo_kernels.scores import Columns, Head, Scores
 
 if TYPE_CHECKING:
     from orpo_kernels.backends.triton_launch import Launches
@@ -103,9 +103,26 @@ class TritonBackend:
 
     # What the engine calls, in the order it does.
 
+    def count_scores(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+        table = labels.new_empty((offsets.numel() - 1, 8))
+        with self._on(labels):
+            self._start.count(labels, nll_labels, offsets, table, ignore_index)
+        return table
+
+    def compact_scores(
+        self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, count: int, ignore_index: int,
+        by_sequence: bool, dtype: torch.dtype,
+    ) -> Columns:  # fmt: skip
+        places, shares = labels.new_empty((2, count)), torch.empty((2, count), dtype=dtype, device=labels.device)
+        valid = torch.empty(table.shape[0] // 2, dtype=torch.bool, device=labels.device)
+        columns = Columns(places[0], places[1], shares[0], shares[1], torch.empty_like(offsets), valid)
+        with self._on(labels):
+            self._start.compact(labels, nll_labels, offsets, table, columns, ignore_index, by_sequence)
+        return columns
+
     def forward(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool, logit_sum: bool,
-        room: int,
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, keep: bool, unit: bool,
+        logit_means: bool, centre: Tensor | None, room: int,
     ) -> Forward:  # fmt: skip
         n, vocab, features = targets.numel(), head.vocab, hidden.shape[1]
         head = _row_major(head)
@@ -117,26 +134,26 @@ class TritonBackend:
             entry=entry,
             unit=logps.new_empty((n, features)) if unit and not keep else None,
             exps=_new_exps(n, vocab, hidden) if keep else None,
-            logit_sum=torch.zeros_like(logps) if logit_sum and head.softcap is not None else None,
+            logit_means=torch.zeros_like(logps) if logit_means else None,
         )
         gathered_row = features * hidden.element_size()
         with self._on(hidden):
             for part in _pieces(n, room // gathered_row if keep else n):
                 chosen = Forward(*(None if t is None else t[part] for t in result))  # type: ignore[arg-type]
-                self._forward_rows(hidden.index_select(0, rows[part]), targets[part], head, chosen, room)
+                self._forward_rows(hidden.index_select(0, rows[part]), targets[part], head, chosen, centre, room)
         return result
 
     def pair_table(
-        self, logps: Tensor, scores: Scores, pairs: slice, part: slice,
+        self, logps: Tensor, logit_means: Tensor, scores: Scores, pairs: slice, part: slice,
         objective: Callable[[Tensor, Tensor], PairTerms], nll_weight: float,
     ) -> PairTable:  # fmt: skip
         count = pairs.stop - pairs.start
         if type(objective) is not OddsRatio or count == 0:
-            return pair_table(logps, scores, pairs, part, objective, nll_weight)
-        table, coefficients = logps.new_empty((6, count)), torch.empty_like(logps)
+            return pair_table(logps, logit_means, scores, pairs, part, objective, nll_weight)
+        table, coefficients = logps.new_empty((8, count)), torch.empty_like(logps)
         with self._on(logps):
             self._start.odds_ratio(
-                logps, scores.answer_weight[part], scores.nll_weight[part],
+                logps, logit_means, scores.answer_weight[part], scores.nll_weight[part],
                 scores.offsets[2 * pairs.start : 2 * pairs.stop + 1], scores.pair_valid[pairs], coefficients, table,
                 part.start, objective.beta, nll_weight, 1.0 / max(scores.valid_pairs, 1), CHOSEN_BOUND,
                 REJECTED_BOUND, torch.finfo(torch.float32).tiny,
@@ -194,26 +211,29 @@ class TritonBackend:
 
     # Pieces of them.
 
-    def _forward_rows(self, hidden: Tensor, targets: Tensor, head: Head, result: Forward, room: int) -> None:
+    def _forward_rows(
+        self, hidden: Tensor, targets: Tensor, head: Head, result: Forward, centre: Tensor | None, room: int
+    ) -> None:
         """``forward`` for rows that were gathered."""
         (n, _), vocab, unit = hidden.shape, head.vocab, result.unit
         if n == 0:
             return
         label, total = torch.empty((2, n), dtype=torch.float32, device=hidden.device)
         lost = torch.empty(n, dtype=torch.int32, device=hidden.device)
-        self._start.label(hidden, targets, head, label, result.entry, result.shift, total)
+        means = result.logit_means
+        self._start.label(hidden, targets, head, centre, label, result.entry, result.shift, total, means)
         width, slice_exps = vocab, None
         if unit is not None:
             width = _slice_width(n * self.kept_itemsize(hidden.dtype), vocab, room)
             slice_exps = _new_exps(n, width, hidden)
         block = self._choose(hidden, head)[1].block_v
         sums = label.new_empty((-(-width // block), n))
-        logit_sums = None if result.logit_sum is None else torch.empty_like(sums)
+        logit_sums = torch.empty_like(sums) if means is not None and head.softcap is not None else None
         for tokens in _slices(vocab, width):
             size = tokens.stop - tokens.start
             exps = result.exps if slice_exps is None else slice_exps[:, :size]
             self._score(hidden, targets, head, result.shift, tokens, exps, sums, logit_sums)
-            self._start.settle(sums, logit_sums, total, result.logit_sum, lost, -(-size // block), RESCUE_ABOVE)
+            self._start.settle(sums, logit_sums, total, means, lost, -(-size // block), RESCUE_ABOVE, 1 / vocab)
             before = unit if tokens.start else None  # nothing is in it yet
             self._start.rescue(hidden, targets, head, tokens, exps, result.shift, lost, total, before)
             if unit is not None and exps is not None:

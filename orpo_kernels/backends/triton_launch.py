@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.backends import triton_rows, triton_score
 from orpo_kernels.backends.triton_configs import RESCUE, RESCUE_FLOAT32, Tile
-from orpo_kernels.scores import Head
+from orpo_kernels.scores import Columns, Head
 
 SPLITS = 16  # programs that a row block of the rescue is spread over
 VECTOR = 128  # elements of a program that only touches vectors
@@ -35,14 +35,15 @@ class Launches:
             self._take(kernel, grid, args, meta)
 
     def label(
-        self, hidden: Tensor, targets: Tensor, head: Head, label: Tensor, slope: Tensor, shift: Tensor, total: Tensor
-    ) -> None:
+        self, hidden: Tensor, targets: Tensor, head: Head, centre: Tensor | None, label: Tensor, slope: Tensor,
+        shift: Tensor, total: Tensor, means: Tensor | None,
+    ) -> None:  # fmt: skip
         n, features = hidden.shape
         self._launch(
             triton_rows.label_kernel, (n,),
-            hidden, head.weight, head.bias, targets, label, slope, shift, total, features, hidden.stride(0),
-            head.weight.stride(0), head.logit_scale, head.softcap or 0.0,
-            BLOCK_H=_block(features), num_warps=4, **_of(head),
+            hidden, head.weight, head.bias, targets, centre, label, slope, shift, total, means, features,
+            hidden.stride(0), head.weight.stride(0), head.logit_scale, head.softcap or 0.0,
+            BLOCK_H=_block(features), HAS_CENTRE=centre is not None, num_warps=4, **_of(head),
         )  # fmt: skip
 
     def score(
@@ -88,13 +89,13 @@ class Launches:
         )  # fmt: skip
 
     def settle(
-        self, sums: Tensor, logit_sums: Tensor | None, total: Tensor, logit_total: Tensor | None, lost: Tensor,
-        tiles: int, most: float,
+        self, sums: Tensor, logit_sums: Tensor | None, total: Tensor, means: Tensor | None, lost: Tensor,
+        tiles: int, most: float, share: float,
     ) -> None:  # fmt: skip
         n = total.numel()
         self._launch(
             triton_rows.settle_kernel, (cdiv(n, SETTLE_ROWS),),
-            sums, logit_sums, total, logit_total, lost, n, tiles, most,
+            sums, logit_sums, total, means, lost, n, tiles, most, share,
             BLOCK_N=SETTLE_ROWS, BLOCK_T=32, LOGIT_SUMS=logit_sums is not None, num_warps=4,
         )  # fmt: skip
 
@@ -168,15 +169,33 @@ class Launches:
             )  # fmt: skip
 
     def odds_ratio(
-        self, logps: Tensor, answer_weight: Tensor, nll_weights: Tensor, offsets: Tensor, valid: Tensor,
+        self, logps: Tensor, means: Tensor, answer_weight: Tensor, nll_weights: Tensor, offsets: Tensor, valid: Tensor,
         coefficients: Tensor, table: Tensor, *scalars: float,
     ) -> None:  # fmt: skip
         """``scalars``: first score, beta, nll_weight, share of a pair, the two bounds, the smallest normal number."""
         pairs = table.shape[1]
         self._launch(
             triton_rows.odds_ratio_kernel, (pairs,),
-            logps, answer_weight, nll_weights, offsets, valid, coefficients, table, pairs, *scalars,
+            logps, means, answer_weight, nll_weights, offsets, valid, coefficients, table, pairs, *scalars,
             BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+
+    def count(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, ignore_index: int) -> None:
+        sequences = table.shape[0]
+        self._launch(
+            triton_rows.count_kernel, (sequences,),
+            labels, nll_labels, offsets, table, sequences // 2, ignore_index, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+
+    def compact(
+        self, labels: Tensor, nll_labels: Tensor, starts: Tensor, counts: Tensor, columns: Columns, ignore_index: int,
+        by_sequence: bool,
+    ) -> None:  # fmt: skip
+        sequences = counts.shape[0]
+        self._launch(
+            triton_rows.compact_kernel, (sequences,),
+            labels, nll_labels, starts, counts, *columns, sequences // 2, ignore_index,
+            BLOCK=1024, SEQUENCES=128, BY_SEQUENCE=by_sequence, num_warps=4,
         )  # fmt: skip
 
 

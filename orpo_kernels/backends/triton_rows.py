@@ -47,19 +47,25 @@ def _sigmoid(x):
 
 @triton.jit(**ANY_BATCH)
 def label_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, label_ptr, slope_ptr, shift_ptr, total_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, centre_ptr, label_ptr, slope_ptr, shift_ptr, total_ptr, means_ptr,
     H, hidden_stride, weight_stride, logit_scale, softcap,
-    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
-    """The label's capped logit of one row and the cap's slope there; the row's first shift is that logit, its S 0."""
+    """The label's capped logit of one row and the cap's slope there; the row's first shift is that logit, its S 0.
+
+    With the mean row of the head, ``centre``, also the row's mean logit.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     terms = tl.zeros((BLOCK_H,), tl.float32)
+    central = tl.zeros((BLOCK_H,), tl.float32)
     for start in range(0, H, BLOCK_H):
         features = start + tl.arange(0, BLOCK_H)
         h = tl.load(hidden_ptr + row * hidden_stride + features, mask=features < H, other=0.0)
         w = tl.load(weight_ptr + target * weight_stride + features, mask=features < H, other=0.0)
         terms += h.to(tl.float32) * w.to(tl.float32)
+        if HAS_CENTRE:
+            central += h.to(tl.float32) * tl.load(centre_ptr + features, mask=features < H, other=0.0)
     raw = tl.sum(terms, 0)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + target).to(tl.float32)
@@ -68,14 +74,19 @@ def label_kernel(
     tl.store(slope_ptr + row, slope)
     tl.store(shift_ptr + row, logit)
     tl.store(total_ptr + row, 0.0)
+    if HAS_CENTRE:
+        tl.store(means_ptr + row, logit_scale * tl.sum(central, 0))
 
 
 @triton.jit(**ANY_BATCH)
 def settle_kernel(
-    sums_ptr, logit_sums_ptr, total_ptr, logit_total_ptr, lost_ptr, N, tiles, most,
+    sums_ptr, logit_sums_ptr, total_ptr, means_ptr, lost_ptr, N, tiles, most, share,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, LOGIT_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """``S += `` the tiles' sums, in tile order. A row whose S passes ``most`` or overflowed is lost, for now."""
+    """``S += `` the tiles' sums, in tile order. A row whose S passes ``most`` or overflowed is lost, for now.
+
+    Under a softcap ``share = 1 / V`` of the sums of logits goes to the mean logit.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     known = rows < N
     parts = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -93,8 +104,8 @@ def settle_kernel(
     tl.store(lost_ptr + rows, tl.where(kept, 0, 1), mask=known)
     tl.store(total_ptr + rows, tl.where(kept, total, before), mask=known)
     if LOGIT_SUMS:
-        logits = tl.load(logit_total_ptr + rows, mask=known, other=0.0) + tl.sum(logit_parts, 0)
-        tl.store(logit_total_ptr + rows, logits, mask=known)
+        mean = tl.load(means_ptr + rows, mask=known, other=0.0) + share * tl.sum(logit_parts, 0)
+        tl.store(means_ptr + rows, mean, mask=known)
 
 
 @triton.jit(**ANY_BATCH)
@@ -201,22 +212,25 @@ def scale_kernel(values_ptr, scale_ptr, size, BLOCK: tl.constexpr, STEPS: tl.con
 
 @triton.jit(**ANY_BATCH)
 def odds_ratio_kernel(
-    logps_ptr, answer_weight_ptr, nll_weight_ptr, offsets_ptr, valid_ptr, coefficients_ptr, table_ptr,
+    logps_ptr, means_ptr, answer_weight_ptr, nll_weight_ptr, offsets_ptr, valid_ptr, coefficients_ptr, table_ptr,
     pairs, base, beta, nll_weight, share, chosen_bound, rejected_bound, tiny, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair a program: means, loss, metrics, and ``g = d loss / d logp`` of each of its scores.
 
-    ``objective.OddsRatio`` has the equations. Rows of ``table [6, pairs]``: chosen, rejected, nll, loss, log-sigmoid
-    and log odds, the last three times the pair's share of the mean.
+    ``objective.OddsRatio`` has the equations. The rows of ``table [8, pairs]`` are the fields of
+    ``pairs.PairTable``.
     """
     pair = tl.program_id(0)
     start = tl.load(offsets_ptr + 2 * pair) - base
     middle = tl.load(offsets_ptr + 2 * pair + 1) - base
     end = tl.load(offsets_ptr + 2 * pair + 2) - base
-    own = share * tl.load(valid_ptr + pair).to(tl.float32)
+    valid = tl.load(valid_ptr + pair)
+    own = share * valid.to(tl.float32)
     chosen_terms = tl.zeros((BLOCK,), tl.float32)
     rejected_terms = tl.zeros((BLOCK,), tl.float32)
     nll_terms = tl.zeros((BLOCK,), tl.float32)
+    chosen_logits = tl.zeros((BLOCK,), tl.float32)
+    rejected_logits = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
         logps = tl.load(logps_ptr + i, mask=i < end, other=0.0)
@@ -224,10 +238,15 @@ def odds_ratio_kernel(
         chosen_terms += tl.where(i < middle, weighted, 0.0)
         rejected_terms += tl.where(i < middle, 0.0, weighted)
         nll_terms -= logps * tl.load(nll_weight_ptr + i, mask=i < end, other=0.0)
+        logits = tl.load(means_ptr + i, mask=i < end, other=0.0)
+        chosen_logits += tl.where(i < middle, logits, 0.0)
+        rejected_logits += tl.where(i < middle, 0.0, logits)
     chosen, rejected = tl.sum(chosen_terms, 0), tl.sum(rejected_terms, 0)
-    tl.store(table_ptr + pair, chosen)
-    tl.store(table_ptr + pairs + pair, rejected)
+    tl.store(table_ptr + pair, tl.where(valid, tl.minimum(chosen, chosen_bound), chosen))
+    tl.store(table_ptr + pairs + pair, tl.where(valid, tl.minimum(rejected, chosen_bound), rejected))
     tl.store(table_ptr + 2 * pairs + pair, tl.sum(nll_terms, 0))
+    tl.store(table_ptr + 6 * pairs + pair, tl.sum(chosen_logits, 0))
+    tl.store(table_ptr + 7 * pairs + pair, tl.sum(rejected_logits, 0))
 
     chosen, rejected = tl.minimum(chosen, chosen_bound), tl.minimum(rejected, rejected_bound)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -246,3 +265,100 @@ def odds_ratio_kernel(
         g = per_sequence * tl.load(answer_weight_ptr + i, mask=i < end, other=0.0)
         g -= nll_weight * tl.load(nll_weight_ptr + i, mask=i < end, other=0.0)
         tl.store(coefficients_ptr + i, g, mask=i < end)
+
+
+@triton.jit(**ANY_BATCH)
+def count_kernel(labels_ptr, nll_labels_ptr, offsets_ptr, table_ptr, pairs, ignore, BLOCK: tl.constexpr):
+    """One sequence a program: its row of ``scores.Counts``. The NLL's labels count on the chosen side alone."""
+    sequence = tl.program_id(0)
+    start, end = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+    answers = tl.zeros((BLOCK,), tl.int64)
+    nlls = tl.zeros((BLOCK,), tl.int64)
+    scored = tl.zeros((BLOCK,), tl.int64)
+    twice = tl.zeros((BLOCK,), tl.int64)
+    low = tl.zeros((BLOCK,), tl.int64)
+    high = tl.zeros((BLOCK,), tl.int64)
+    nll_low = tl.zeros((BLOCK,), tl.int64)
+    nll_high = tl.zeros((BLOCK,), tl.int64)
+    for first in range(start, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        label = tl.load(labels_ptr + i, mask=i < end, other=ignore)
+        nll_label = tl.load(nll_labels_ptr + i, mask=(i < end) & (sequence < pairs), other=ignore)
+        in_answer, in_nll = label != ignore, nll_label != ignore
+        answers += in_answer.to(tl.int64)
+        nlls += in_nll.to(tl.int64)
+        scored += (in_answer | in_nll).to(tl.int64)
+        twice += (in_answer & in_nll & (label != nll_label)).to(tl.int64)
+        low = tl.minimum(low, tl.where(in_answer, label, 0))
+        high = tl.maximum(high, tl.where(in_answer, label, 0))
+        nll_low = tl.minimum(nll_low, tl.where(in_nll, nll_label, 0))
+        nll_high = tl.maximum(nll_high, tl.where(in_nll, nll_label, 0))
+    row = table_ptr + 8 * sequence
+    tl.store(row, tl.sum(answers, 0))
+    tl.store(row + 1, tl.sum(nlls, 0))
+    tl.store(row + 2, tl.sum(scored, 0))
+    tl.store(row + 3, tl.sum(twice, 0))
+    tl.store(row + 4, tl.min(low, 0))
+    tl.store(row + 5, tl.max(high, 0))
+    tl.store(row + 6, tl.min(nll_low, 0))
+    tl.store(row + 7, tl.max(nll_high, 0))
+
+
+@triton.jit(**ANY_BATCH)
+def compact_kernel(
+    labels_ptr, nll_labels_ptr, starts_ptr, counts_ptr, rows_ptr, targets_ptr, nll_weight_ptr, answer_weight_ptr,
+    offsets_ptr, valid_ptr, pairs, ignore, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr, BY_SEQUENCE: tl.constexpr,
+):  # fmt: skip
+    """One sequence a program: its scores in their places, pair by pair, chosen before rejected.
+
+    Where a sequence's scores begin follows from the counts of those before it, which every program adds up for itself.
+    """
+    sequence = tl.program_id(0)
+    place = 2 * (sequence % pairs) + sequence // pairs
+    before = tl.zeros((SEQUENCES,), tl.int64)
+    nlls = tl.zeros((SEQUENCES,), tl.int64)
+    having = tl.zeros((SEQUENCES,), tl.int64)
+    for first in range(0, 2 * pairs, SEQUENCES):
+        other = first + tl.arange(0, SEQUENCES)
+        row = counts_ptr + 8 * other
+        size = tl.load(row + 2, mask=other < 2 * pairs, other=0) + tl.load(row + 3, mask=other < 2 * pairs, other=0)
+        before += tl.where(2 * (other % pairs) + other // pairs < place, size, 0)
+        count = tl.load(row + 1, mask=other < 2 * pairs, other=0)
+        nlls += count
+        having += (count > 0).to(tl.int64)
+    row = counts_ptr + 8 * sequence
+    answers, own_nlls = tl.load(row), tl.load(row + 1)
+    scored = tl.load(row + 2)
+    base = tl.sum(before, 0)
+    tl.store(offsets_ptr + place, base)
+    if place == 2 * pairs - 1:
+        tl.store(offsets_ptr + place + 1, base + scored + tl.load(row + 3))
+    if sequence < pairs:
+        tl.store(valid_ptr + sequence, (answers > 0) & (tl.load(counts_ptr + 8 * (sequence + pairs)) > 0))
+    answer_share = 1.0 / tl.maximum(answers, 1).to(tl.float32)
+    if BY_SEQUENCE:
+        nll_share = 1.0 / (tl.maximum(own_nlls, 1) * tl.maximum(tl.sum(having, 0), 1)).to(tl.float32)
+    else:
+        nll_share = 1.0 / tl.maximum(tl.sum(nlls, 0), 1).to(tl.float32)
+
+    start, end = tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)
+    at, second_at = base, base + scored
+    for first in range(start, end, BLOCK):
+        i = first + tl.arange(0, BLOCK).to(tl.int64)
+        label = tl.load(labels_ptr + i, mask=i < end, other=ignore)
+        nll_label = tl.load(nll_labels_ptr + i, mask=(i < end) & (sequence < pairs), other=ignore)
+        in_answer, in_nll = label != ignore, nll_label != ignore
+        one = in_answer | in_nll
+        two = in_answer & in_nll & (label != nll_label)
+        here = at + tl.cumsum(one.to(tl.int64), 0) - 1
+        tl.store(rows_ptr + here, i, mask=one)
+        tl.store(targets_ptr + here, tl.where(in_answer, label, nll_label), mask=one)
+        tl.store(nll_weight_ptr + here, tl.where(in_nll & (two == 0), nll_share, 0.0), mask=one)
+        tl.store(answer_weight_ptr + here, tl.where(in_answer, answer_share, 0.0), mask=one)
+        here = second_at + tl.cumsum(two.to(tl.int64), 0) - 1
+        tl.store(rows_ptr + here, i, mask=two)
+        tl.store(targets_ptr + here, nll_label, mask=two)
+        tl.store(nll_weight_ptr + here, tl.where(two, nll_share, 0.0), mask=two)
+        tl.store(answer_weight_ptr + here, tl.where(two, 0.0, 0.0), mask=two)
+        at += tl.sum(one.to(tl.int64), 0)
+        second_at += tl.sum(two.to(tl.int64), 0)
