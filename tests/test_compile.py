@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orpo_kernels import OrpoOutput, linear_logprobs, orpo_loss
-from tests.cases import Case, make
+from tests.cases import DEVICE, Case, make
 
 # The compiler's front and middle, without code generation, which would need a C++ compiler.
 COMPILER = "aot_eager"
@@ -23,7 +23,7 @@ def _fresh() -> None:
 def test_one_graph_over_a_model_and_the_loss(dtype: torch.dtype, frozen: bool) -> None:
     case = make(dtype, pairs=2, bias=True)
     case.weight.requires_grad_(not frozen)
-    body = torch.nn.Linear(32, 32).to(dtype)
+    body = torch.nn.Linear(32, 32).to(DEVICE, dtype)
     nll_labels = torch.where(case.labels == -100, 3, case.labels)
 
     def step(hidden: torch.Tensor) -> OrpoOutput:
@@ -56,7 +56,7 @@ def test_one_graph_over_log_probabilities() -> None:
 def test_a_compiled_call_without_gradients_and_with_offsets() -> None:
     case = make(torch.float32, pairs=1, length=4)
     packed = Case(case.hidden.detach().view(-1, 32), case.weight.detach(), case.labels.view(-1))
-    offsets = torch.tensor([0, 4, 8])
+    offsets = torch.tensor([0, 4, 8], device=DEVICE)
     compiled = torch.compile(orpo_loss, fullgraph=True, backend=COMPILER)
     out = compiled(packed.hidden, packed.weight, packed.labels, cu_seqlens=offsets)
     torch.testing.assert_close(out.loss, case.ours().loss.detach())

@@ -10,7 +10,7 @@ import torch
 
 import orpo_kernels
 from orpo_kernels import OrpoLoss, linear_logprobs, orpo_loss
-from tests.cases import make, relative
+from tests.cases import DEVICE, make, relative
 
 
 def test_import_is_light() -> None:
@@ -93,8 +93,8 @@ def test_gradients_accumulate_over_calls() -> None:
 def test_tied_weights_and_views() -> None:
     """An embedding that is the head too, hidden states that are a slice, and a weight that is a view."""
     case = make(torch.float64, length=6, features=16, vocab=90)
-    storage = torch.randn(100, 32, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(0))
+    storage = torch.randn(100, 32, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    tokens = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def run(loss: object) -> torch.Tensor:
         weight = storage[5:95, ::2]
@@ -107,7 +107,7 @@ def test_tied_weights_and_views() -> None:
 
 def test_autocast_casts_as_linear_does() -> None:
     case = make(torch.float32, bias=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out = case.ours()
         logps = linear_logprobs(case.hidden, case.weight, case.labels, bias=case.bias)
         assert torch.nn.functional.linear(case.hidden, case.weight).dtype == torch.bfloat16
