@@ -47,12 +47,14 @@ HEADS = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
 ROWS = {"cuda": (1024, 4096, 8192), "cpu": (24,)}
 CONSTANTS = {"sm_80": "_AMPERE", "sm_90": "_HOPPER", "sm_100": "_BLACKWELL"}  # what triton_configs.py calls its tiles
 
-# Every combination of rows x tokens x features, warps, stages, group_v and parts is tried, if it fits.
-Space = tuple[tuple[tuple[int, int, int], ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+# Every combination of rows x tokens x features, warps, stages, group_v, parts and flatten is tried, if it fits.
+Sizes = tuple[int, ...]
+Space = tuple[tuple[tuple[int, int, int], ...], Sizes, Sizes, Sizes, Sizes, tuple[bool, ...]]
 TMA: Space = (
-    ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 128)), (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4)
+    ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 128)), (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4),
+    (True, False),
 )  # fmt: skip
-POINTER: Space = (((128, 128, 32), (128, 128, 64), (128, 256, 32)), (4, 8), (3, 4), (8,), (1, 2))
+POINTER: Space = (((128, 128, 32), (128, 128, 64), (128, 256, 32)), (4, 8), (3, 4), (8,), (1, 2), (False,))
 
 
 class Candidate(NamedTuple):
@@ -63,8 +65,9 @@ class Candidate(NamedTuple):
     capped: bool
 
     def __str__(self) -> str:
-        n, v, h, warps, stages, group, parts = self.tile
-        return f"{self.form} {n}x{v}x{h} w{warps} s{stages} g{group} p{parts}" + (" capped" if self.capped else "")
+        n, v, h, warps, stages, group, parts, flatten = self.tile
+        marks = (" flat" if flatten else "") + (" capped" if self.capped else "")
+        return f"{self.form} {n}x{v}x{h} w{warps} s{stages} g{group} p{parts}{marks}"
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
     found = [shipped, *(Candidate(form, tile, capped) for form, tile in near.items() if tile is not None)]
     spaces: tuple[tuple[Form, Space], ...] = (("tma", TMA), ("pointer", POINTER))
     for name, space in spaces if not interpreted else ():
-        for blocks, warps, stages, group, parts in product(*space) if near[name] else ():
-            tile = Tile(*blocks, warps, stages, group, parts * CAPPED_PARTS if capped else parts)
+        for blocks, warps, stages, group, parts, flatten in product(*space) if near[name] else ():
+            tile = Tile(*blocks, warps, stages, group, parts * CAPPED_PARTS if capped else parts, flatten)
             if _fits(name, tile, arch):
                 found.append(Candidate(name, tile, capped))
 
@@ -352,9 +355,10 @@ def suggestion(rows: Sequence[TuneRow], arch: str) -> str:
     if not worst:
         return f"# no candidate {kind} a softcap ran on every head and number of rows: give it more --seconds"
     best = min(worst, key=lambda row: row.ratio or 0.0)
-    n, v, h, warps, stages, group_v, parts = best.candidate.tile
+    n, v, h, warps, stages, group_v, parts, flatten = best.candidate.tile
     name = CONSTANTS.get(arch, "_TILE") + ("_CAPPED" if best.candidate.capped else "")
-    line = f"{name} = Tile({n}, {v}, {h}, warps={warps}, stages={stages}, group_v={group_v}, parts={parts})"
+    sizes = f"{n}, {v}, {h}, warps={warps}, stages={stages}, group_v={group_v}, parts={parts}, flatten={flatten}"
+    line = f"{name} = Tile({sizes})"
     if best.candidate.form == "library":  # its pass over the products has one tile for every chip
         line = 'form="library"'
     evidence = (

@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     """Block sizes of one kernel: rows of scores, tokens of the vocabulary, features; warps and pipeline stages.
 
     ``group_v`` columns of tiles go through all rows together; the epilogue takes a tile in ``parts`` runs of columns.
+    ``flatten`` makes one loop of a persistent kernel's two, so that a tile's first loads start in the epilogue before.
     """
 
     block_n: int
@@ -30,6 +31,7 @@ class Tile(NamedTuple):
     stages: int = 1
     group_v: int = 1
     parts: int = 1
+    flatten: bool = False
 
 
 class Config(NamedTuple):
@@ -58,7 +60,7 @@ PASS = Tile(16, 256, 0, warps=4)
 
 _STATIC = "compiled, not timed: no spills, tensor cores, within shared memory"
 _AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
-_HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2)
+_HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2, flatten=True)
 _BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8)
 _SMALL = Tile(16, 32, 16, group_v=2, parts=2)
 
@@ -71,7 +73,7 @@ SIXTEEN_BIT: dict[str, Config] = {
     "sm_80": _pointer(_AMPERE, 4),
     "sm_86": _pointer(_AMPERE._replace(stages=3), 4),  # and 8.9, 12.x: 99 KiB of shared memory
     "sm_90": _pointer(_AMPERE._replace(stages=3), 4)._replace(
-        form="tma", tma=_HOPPER, tma_capped=_HOPPER._replace(parts=8)
+        form="tma", tma=_HOPPER, tma_capped=_HOPPER._replace(parts=8, flatten=False)
     ),
     "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL),
     "gfx942": _pointer(_AMPERE._replace(stages=2), 1),

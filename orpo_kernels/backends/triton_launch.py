@@ -64,7 +64,7 @@ class Launches:
             self._launch(
                 triton_score.score_tma_kernel, (min(programs, tiles),),
                 a, b, e, head.bias, shift, targets, sums, logit_sums, n, size, features, tokens.start, *scalars,
-                PROGRAMS=programs, STORE="" if exps is None else "tma", **_blocks(tile), **flags,
+                PROGRAMS=programs, FLATTEN=tile.flatten, STORE="" if exps is None else "tma", **_blocks(tile), **flags,
             )  # fmt: skip
         else:
             self._launch(

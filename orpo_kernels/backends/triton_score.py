@@ -133,12 +133,12 @@ def score_tma_kernel(
     hidden_desc, weight_desc, exps_desc, bias_ptr, shift_ptr, targets_ptr, sums_ptr, logit_sums_ptr,
     N, V, H, first, logit_scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_V: tl.constexpr,
-    PROGRAMS: tl.constexpr, PARTS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr, LOGIT_SUMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, PARTS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
+    LOGIT_SUMS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """E of a slice by a persistent GEMM: TMA loads, float32 accumulators, the exponential in the epilogue."""
     tiles_n, tiles_v = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, PROGRAMS, flatten=FLATTEN):
         tile_n, tile_v = _place(tile, tiles_n, tiles_v, GROUP_V)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         raw = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
