@@ -151,6 +151,7 @@ def _stream(
         if unit is not None and places is not None:
             backend.grad_hidden(part, places[of], targets[of], head, None, unit, shared=False, room=room)
         parts.append(part._replace(unit=None))
+        del part  # and its unit, before the next chunk's is allocated
     return Forward(
         logps=torch.cat([part.logps for part in parts]),
         shift=torch.cat([part.shift for part in parts]),

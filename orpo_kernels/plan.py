@@ -103,11 +103,8 @@ def choose(
 
     def plan(name: str, mm: int, reason: str, groups: tuple[Group, ...] = (whole,), kept: int = 0) -> Plan:
         sums = accumulator if len(groups) > 1 else 0
-        if kept:
-            room, scratch = max(limit - kept - sums, least), least
-        else:
-            room = room_of(workspace_bytes, backend)
-            scratch = backend.scratch_bytes(scores, vocab, features, dtype, room)
+        room = max(limit - kept - sums, least) if kept else room_of(workspace_bytes, backend)
+        scratch = backend.scratch_bytes(kept // column if kept else scores, vocab, features, dtype, room, kept=kept > 0)
         return Plan(name, mm, groups, scores, positions, kept, sums, scratch, room, reason, backend.name)
 
     if not needs.hidden and not needs.head:

@@ -24,3 +24,4 @@ def _poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    torch.cuda.empty_cache()  # one worker cannot free what another keeps; without a GPU this does nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,11 +46,18 @@ def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no target applies" in capsys.readouterr().out
 
 
-def test_a_failed_check_and_one_cut_short() -> None:
-    failed = gpu._check(["python3", "-c", "print('FAILED here'); raise SystemExit(1)"], 60)
-    assert (failed.status, "FAILED here" in failed.detail) == ("failed", True)
-    late = gpu._check(["python3", "-c", "import time; print('so far', flush=True); time.sleep(60)"], 1)
-    assert (late.status, "so far" in late.detail) == ("not reached", True)
+def test_a_failed_check_and_one_cut_short(tmp_path: Path) -> None:
+    def check(code: str, limit: float) -> Check:
+        return gpu._check("suite", [sys.executable, "-c", code], limit, tmp_path / "suite.log")
+
+    failed = check("print('FAILED tests/a.py::b'); print('more'); raise SystemExit(1)", 60)
+    assert failed.status == "failed"
+    assert failed.detail.endswith("\nFAILED tests/a.py::b")
+    late = check("import time; print('so far', flush=True); time.sleep(60)", 1)
+    assert (late.status, "so far" in late.detail, late.seconds < 30) == ("not reached", True, True)
+    other = check("print('Device not supported'); raise SystemExit(9)", 60)
+    assert other.status == "not available"
+    assert (tmp_path / "suite.log").read_text() == "Device not supported\n"
 
 
 def test_what_the_budget_did_not_reach_is_a_row() -> None:

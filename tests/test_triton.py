@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_kernels import explain, orpo_loss
-from orpo_kernels.backends import select, triton_backend
+from orpo_kernels.backends import products, select, triton_backend
 from orpo_kernels.backends.triton_backend import TritonBackend
-from orpo_kernels.backends.triton_configs import config
+from orpo_kernels.backends.triton_configs import Config, Tile, config
 from orpo_kernels.backends.triton_launch import Launches
 from orpo_kernels.objective import OddsRatio
 from orpo_kernels.pairs import pair_table
@@ -61,7 +61,9 @@ def test_any_shape_in_any_form(
         torch.float32, pairs=pairs, length=length, features=features, vocab=vocab, keep=keep, seed=seed,
         softcap=softcap, bias=bias,
     )  # fmt: skip
-    asked = config("interpreter" if DEVICE.type == "cpu" else "sm_90", torch.float32)._replace(form=form)
+    tile = Tile(64, 64, 32, stages=2, group_v=2, parts=2)  # float32 operands of the shipped tiles fit no chip
+    on_chip = Config(form, "small enough for float32", tile, tile, tile, tile)
+    asked = on_chip if DEVICE.type == "cuda" else config("interpreter", torch.float32)._replace(form=form)
     with (
         small_pieces(),
         mock.patch.object(TritonBackend, "least_room", 0),
@@ -282,6 +284,20 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
 def _kernels(module: str) -> set[str]:
     text = (ROOT / "orpo_kernels" / "backends" / f"triton_{module}.py").read_text()
     return {line[4:].split("(")[0] for line in text.splitlines() if line.startswith("def ") and "_kernel(" in line}
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_into_float32(dtype: torch.dtype, accumulate: bool, wide: bool) -> None:
+    """E of any dtype against a head of any, with and without torch's wider sum."""
+    exps = torch.rand(5, 40, device=DEVICE).to(dtype if dtype == torch.bfloat16 else torch.float32)
+    weight, out = torch.randn(40, 7, device=DEVICE).to(dtype), torch.randn(5, 7, device=DEVICE)
+    before = out.double() if accumulate else torch.zeros_like(out, dtype=torch.float64)
+    expected = before + exps.double() @ weight.double()
+    with mock.patch.object(products, "_adds_wide", return_value=wide), mock.patch.object(products, "LIBRARY_TILE", 64):
+        products.times_head(out, exps, weight, accumulate=accumulate)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
 
 
 def test_heads_keep_their_settings_when_copied() -> None:

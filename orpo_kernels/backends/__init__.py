@@ -74,8 +74,8 @@ class Backend(Protocol):
         """Scores of one ``forward`` that keeps no E."""
         ...
 
-    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int) -> int:
-        """What a pass over n scores that keeps no E holds, but for tiles that live in a cache."""
+    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int, *, kept: bool) -> int:
+        """What a pass over n scores holds beside a ``kept`` E, or without one, but for tiles that live in a cache."""
         ...
 
     def forward(

@@ -92,7 +92,7 @@ class TorchBackend:
     def rows_at_once(self, features: int, room: int) -> int:
         return STREAM_ROWS
 
-    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int) -> int:
+    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int, *, kept: bool) -> int:
         return 0
 
     def column_mean(self, weight: Tensor) -> Tensor:

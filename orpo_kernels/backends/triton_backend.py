@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.backends import Forward
+from orpo_kernels.backends.products import LIBRARY_TILE, product, slices, times_head
 from orpo_kernels.backends.triton_configs import Config, Tile, arch_of, config
 from orpo_kernels.objective import CHOSEN_BOUND, REJECTED_BOUND, OddsRatio, PairTerms
 from orpo_kernels.pairs import PairTable, pair_table
@@ -43,7 +44,6 @@ PIECE_ROWS = 1024  # fewest rows of a piece: one wave of 128 x 256 tiles over 4,
 STREAM_ROWS = 8192  # most rows of one slice of E: enough for full waves of both products
 SLICE_TOKENS = 256  # the width of a slice is a multiple of this, and so of every tile
 PRODUCT_COLUMNS = 512  # fewest features of one product for the head's gradient
-LIBRARY_TILE = 32 << 20  # float32 logits of the library form, to stay in L2
 
 
 class TritonBackend:
@@ -94,7 +94,9 @@ class TritonBackend:
         # Gathered rows and their float32 product take half the room, a slice of E the other.
         return min(max(room // 2 // (8 * features) // PIECE_ROWS, 1) * PIECE_ROWS, STREAM_ROWS)
 
-    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int) -> int:
+    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int, *, kept: bool) -> int:
+        if kept:  # pieces of rows, with the sums of their tiles or as float32 products
+            return min(room, n * (4 * features + _sums_bytes(vocab, False)))
         n, itemsize = min(n, self.rows_at_once(features, room)), self.kept_itemsize(dtype)
         return n * (8 * features + _slice_width(n * itemsize, vocab, room) * itemsize) if n else 0
 
@@ -136,9 +138,9 @@ class TritonBackend:
             exps=_new_exps(n, vocab, hidden) if keep else None,
             logit_means=torch.zeros_like(logps) if logit_means else None,
         )
-        gathered_row = features * hidden.element_size()
+        row = features * hidden.element_size() + _sums_bytes(vocab, head.softcap is not None)
         with self._on(hidden):
-            for part in _pieces(n, room // gathered_row if keep else n):
+            for part in _pieces(n, room // row if keep else n):
                 chosen = Forward(*(None if t is None else t[part] for t in result))  # type: ignore[arg-type]
                 self._forward_rows(hidden.index_select(0, rows[part]), targets[part], head, chosen, centre, room)
         return result
@@ -171,7 +173,7 @@ class TritonBackend:
                 label = None
                 if result.exps is not None:  # the label's entry stands in it
                     unit = result.logps.new_empty((part.stop - part.start, features))
-                    _times_head(unit, result.exps[part], head.weight, accumulate=False)
+                    times_head(unit, result.exps[part], head.weight, accumulate=False)
                 else:
                     assert result.unit is not None  # asked of forward where E is not kept
                     unit, label = result.unit[part], (result.entry[part], head.weight, targets[part])
@@ -181,6 +183,7 @@ class TritonBackend:
                     out.index_add_(0, rows[part], unit.to(out.dtype))
                 else:
                     self._start.rows(unit, out, -head.logit_scale, a, b, out_rows=rows[part], label=label)
+                del unit  # before the next piece's is allocated
 
     def scale_rows(self, out: Tensor, rows: Tensor, factors: Tensor) -> None:
         with self._on(out):
@@ -229,7 +232,7 @@ class TritonBackend:
         block = self._choose(hidden, head)[1].block_v
         sums = label.new_empty((-(-width // block), n))
         logit_sums = torch.empty_like(sums) if means is not None and head.softcap is not None else None
-        for tokens in _slices(vocab, width):
+        for tokens in slices(vocab, width):
             size = tokens.stop - tokens.start
             exps = result.exps if slice_exps is None else slice_exps[:, :size]
             self._score(hidden, targets, head, result.shift, tokens, exps, sums, logit_sums)
@@ -237,7 +240,7 @@ class TritonBackend:
             before = unit if tokens.start else None  # nothing is in it yet
             self._start.rescue(hidden, targets, head, tokens, exps, result.shift, lost, total, before)
             if unit is not None and exps is not None:
-                _times_head(unit, exps, head.weight[tokens], accumulate=tokens.start > 0)
+                times_head(unit, exps, head.weight[tokens], accumulate=tokens.start > 0)
         self._start.finish(label, result.shift, total, result.logps, result.inverse, result.entry)
         if result.exps is not None:
             self._start.label_entries(result.exps, result.entry, targets, 0)
@@ -255,13 +258,13 @@ class TritonBackend:
         step = max(LIBRARY_TILE // (4 * n) // tile.block_v, 1) * tile.block_v
         in_place = exps is not None and exps.dtype == torch.float32
         scratch = None if in_place else shift.new_empty((n, min(step, size)))
-        for part in _slices(size, step):
+        for part in slices(size, step):
             of = slice(part.start // tile.block_v, -(-part.stop // tile.block_v))
             target = None if exps is None else exps[:, part]
             logits = target if scratch is None else scratch[:, : part.stop - part.start]
             assert logits is not None  # in place only where there is an E
             first = tokens.start + part.start
-            _product(logits, hidden, head.weight[first : tokens.start + part.stop].T, accumulate=False)
+            product(logits, hidden, head.weight[first : tokens.start + part.stop].T, accumulate=False)
             self._start.exp_pass(
                 tile, logits, targets, head, shift, first, target, None if sums is None else sums[of],
                 None if logit_sums is None else logit_sums[of],
@@ -277,13 +280,14 @@ class TritonBackend:
             # By columns, so that a small room still serves any number of scores; E is read once for each.
             most = max(room // (n * exps.element_size()), PRODUCT_COLUMNS)
             columns = -(-features // -(-features // most))
-            for of in _slices(features, -(-columns // 64) * 64):
+            for of in slices(features, -(-columns // 64) * 64):
                 scaled = exps.new_empty((n, of.stop - of.start))
                 self._start.rows(hidden[:, of], scaled, 1.0, coefficients, source_rows=rows)
-                _product(grad_weight[:, of], exps.T, scaled, accumulate=accumulate)
+                product(grad_weight[:, of], exps.T, scaled, accumulate=accumulate)
+                del scaled  # before the next piece's is allocated
         if grad_bias is not None:
             column = coefficients.to(exps.dtype)[:, None]
-            _product(grad_bias[:, None], exps.T, column, accumulate=accumulate)
+            product(grad_bias[:, None], exps.T, column, accumulate=accumulate)
 
     def _recompute(
         self, result: Forward, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, coefficients: Tensor,
@@ -297,7 +301,7 @@ class TritonBackend:
         left = max(room - width * most * itemsize, self.least_room)
         buffer = _new_exps(most, width, hidden)
         gathered = None if several else hidden.index_select(0, rows)
-        for tokens in _slices(head.vocab, width):
+        for tokens in slices(head.vocab, width):
             final = tuple(None if grad is None else grad[tokens] for grad in grads)
             sums = final
             if several:
@@ -343,14 +347,14 @@ def _row_major(head: Head) -> Head:
     return Head(head.weight.contiguous(), head.bias, head.logit_scale, head.softcap)
 
 
+def _sums_bytes(vocab: int, capped: bool) -> int:
+    """Of one row's sums over the tiles of the vocabulary, the narrowest tiles assumed."""
+    return -(-vocab // 128) * 4 * (2 if capped else 1)
+
+
 def _slice_width(bytes_per_token: int, vocab: int, room: int) -> int:
     """Tokens of a slice that fits half the room, in whole tiles; the least is one."""
     return min(max(room // 2 // bytes_per_token // SLICE_TOKENS, 1) * SLICE_TOKENS, vocab)
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 def _pieces(n: int, most: int) -> Iterator[slice]:
@@ -360,31 +364,4 @@ def _pieces(n: int, most: int) -> Iterator[slice]:
         yield slice(0, n)
         return
     even = -(-n // -(-n // step))
-    yield from _slices(n, -(-even // PIECE_ROWS) * PIECE_ROWS)
-
-
-def _times_head(out: Tensor, exps: Tensor, weight: Tensor, *, accumulate: bool) -> None:
-    """``out (+)= E @ weight`` in float32; a float16 head is widened slice by slice to meet a float32 E."""
-    if weight.dtype == exps.dtype:
-        _product(out, exps, weight, accumulate=accumulate)
-        return
-    for of in _slices(weight.shape[0], max(LIBRARY_TILE // (4 * weight.shape[1]), 1)):
-        _product(out, exps[:, of], weight[of].to(exps.dtype), accumulate=accumulate or of.start > 0)
-
-
-def _product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """``out (+)= a @ b``, added in float32 within the product where ``out`` is float32, whatever a and b are."""
-    if out.dtype == a.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32 and out.device.type == "cuda" and torch.version.hip is None:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-    elif accumulate:  # torch has no wider product here: one more rounding
-        out += torch.mm(a, b)
-    else:
-        out.copy_(torch.mm(a, b))
+    yield from slices(n, -(-even // PIECE_ROWS) * PIECE_ROWS)
