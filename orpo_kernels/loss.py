@@ -103,7 +103,8 @@ def orpo_loss(
         cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
         backend: "auto", or a backend's name.
         workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache. None
-            means 1 GiB, and the place of one float32 copy of the weight. Results do not depend on it beyond rounding.
+            means 1 GiB, and the place of one float32 copy of the weight; a GPU takes 20 MiB in any case. Results do not
+            depend on it beyond rounding.
 
     Returns:
         ``OrpoOutput``; its ``loss`` is differentiable once in hidden, weight and bias.

@@ -110,7 +110,7 @@ def choose(
     if not needs.hidden and not needs.head:
         return plan("score", 1, "nothing needs a gradient")
     if not needs.head:
-        return plan("frozen", 2, "the head is frozen, so only hidden's product remains and E never leaves a tile")
+        return plan("frozen", 2, "the head is frozen, so only hidden's product remains and no E is kept")
     if scores * column + least <= limit:
         return plan("stash", 3, "E of all pairs fits the workspace", kept=scores * column)
     room = limit - accumulator - least
