@@ -19,7 +19,7 @@ ACCURACY = "accuracy"
 # lengths more would only repeat it.
 NOT_IN_LENGTHS = ("compiled", "liger")
 # Timed calls of one measurement at most, and seconds after which none is begun.
-REPEATS, SECONDS = {"cpu": 5, "cuda": 30}, {"cpu": 10.0, "cuda": 0.6}
+REPEATS, SECONDS = {"cpu": 9, "cuda": 30}, {"cpu": 25.0, "cuda": 0.6}
 
 
 def sections(device: torch.device) -> dict[str, list[Spec]]:
