@@ -19,14 +19,15 @@ def today() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with "+" where tracked files but its records differ from it; "" outside a checkout."""
+    """Short hash of the checkout, with "+" where tracked files, its records apart, differ from it; "" outside one."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", ":!benchmarks/results") else "")
+        changed = git("status", "--porcelain", "-uno", "--", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:
         return ""
 
