@@ -215,7 +215,7 @@ def compile_one(arch: str, launch: Launch) -> CompileRow:
         spills = _amd_field(assembly, "private_segment_fixed_size")  # scratch memory of a thread
     instruction = next(filter(None, (re.search(pattern, assembly) for pattern in target.tensor_core)), None)
     tiles = {name: value for name, value in launch.constants if name.startswith(("BLOCK", "GROUP"))}
-    flags = [name.lower() for name, value in launch.constants if value is True]
+    flags = [name.lower() for name, value in launch.constants if value is True or (name == "STORE" and value)]
     kinds = {name: re.sub(r"tensordesc<(\w+).*", r"\1", kind.strip("*")) for name, kind in launch.signature}
     named = [kinds[name] for name in ("hidden_ptr", "hidden_desc", "source_ptr", "values_ptr") if name in kinds]
     return CompileRow(

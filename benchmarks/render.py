@@ -2,24 +2,26 @@
 
 A document holds ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``; what is between them is written here. NAME
 is a table's, see ``TABLES``, with ``cpu-`` (as without) or ``gpu-`` before it: the newest record of that class of
-machine fills it. Without such a record it stays as it is.
+machine fills it. Without such a record it stays as it is. ``compiled`` alone belongs to no machine.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import accuracy, record, report, targets
+from benchmarks.compile import CompileRow
 from benchmarks.machine import ROOT
 from benchmarks.providers import FLOOR
 from benchmarks.report import number
 from benchmarks.rows import Record, Row
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "kernels.md")
 PICTURES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
@@ -66,6 +68,8 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
+        if match[2] == "compiled":
+            return f"{match[1]}{_compiled()}\n{match[3]}"
         full = match[2] if match[2].startswith(tuple(f"{kind}-" for kind in HEADLINES)) else f"cpu-{match[2]}"
         machine_class, _, name = full.partition("-")
         if name not in TABLES:
@@ -177,6 +181,19 @@ TABLES: dict[str, Callable[[str, Record], str]] = {
     "accuracy": _accuracy,
     "checks": _checks,
 }
+
+
+def _compiled() -> str:
+    """The score GEMMs of the newest compilation, and what all of its binaries come to."""
+    rows = [CompileRow(**row) for row in json.loads(max((record.RESULTS / "compiled").glob("*.json")).read_text())]
+    bad = sum(1 for row in rows if row.problem)
+    shown = [
+        (row.target, row.kernel, row.config, str(row.registers), str(row.shared_bytes), row.tensor_core)
+        for row in rows
+        if row.kernel.startswith("score_")
+    ]
+    said = f"{len(rows)} binaries with triton {rows[0].triton}, {bad} with a problem; these are the score GEMMs.\n\n"
+    return said + _markdown(("chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"), shown)
 
 
 def _where(found: Record) -> str:

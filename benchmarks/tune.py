@@ -254,7 +254,7 @@ def measure(candidate: Candidate, work: Work, row: TuneRow) -> TuneRow:
 
 def score_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tensor, Tensor]:
     """The backend's own pass over the whole vocabulary with this candidate, and where it leaves E and the sums."""
-    backend = TritonBackend(config=Config(candidate.form, "a candidate", *[candidate.tile] * 4))
+    backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
     everything = slice(0, work.head.vocab)
     hidden, targets, head, shift = work.hidden, work.targets, work.head, work.shift
     if backend._choose(hidden, head) != candidate[:2]:

@@ -12,6 +12,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import accuracy, measure, record, render, report
 from benchmarks.cases import BATCHES, CASES, HEADS, IGNORE, STATES, Batch, Case, HeadName, Pair
+from benchmarks.compile import TARGETS, CompileRow
 from benchmarks.floor import build_floor
 from benchmarks.inputs import make_problem
 from benchmarks.memory import peak_of
@@ -168,6 +169,14 @@ def test_render_fills_marked_places(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_documents_show_the_recorded_figures() -> None:
     assert render.stale() == [], "run `python -m benchmarks render`"
+
+
+def test_the_recorded_compilation_has_no_problem() -> None:
+    (file,) = (record.RESULTS / "compiled").glob("*.json")
+    rows = [CompileRow(**row) for row in json.loads(file.read_text())]
+    assert {row.target for row in rows} == set(TARGETS)
+    assert not [row for row in rows if row.problem]
+    assert render._compiled().count("\n") > len(TARGETS)
 
 
 def test_every_section_and_default_names_known_things() -> None:

@@ -62,7 +62,7 @@ def test_any_shape_in_any_form(
         softcap=softcap, bias=bias,
     )  # fmt: skip
     tile = Tile(64, 64, 32, stages=2, group_v=2, parts=2)  # float32 operands of the shipped tiles fit no chip
-    on_chip = Config(form, "small enough for float32", tile, tile, tile, tile)
+    on_chip = Config(form, tile, tile, tile, tile)
     asked = on_chip if DEVICE.type == "cuda" else config("interpreter", torch.float32)._replace(form=form)
     with (
         small_pieces(),

@@ -35,10 +35,9 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What one chip runs for one dtype, and on what evidence."""
+    """What one chip runs for one dtype."""
 
     form: Literal["tma", "pointer", "library"]
-    evidence: str
     pointer: Tile
     pointer_capped: Tile  # a softcap needs twice the registers an entry
     tma: Tile | None = None
@@ -58,7 +57,7 @@ RESCUE = Tile(32, 64, 32, warps=4, stages=2)
 RESCUE_FLOAT32 = Tile(32, 32, 32, warps=4, stages=2)
 PASS = Tile(16, 256, 0, warps=4)
 
-_STATIC = "compiled, not timed: no spills, tensor cores, within shared memory"
+# Evidence so far is the compiler's, not a clock's: no spills, tensor cores, within shared memory (docs/kernels.md).
 _AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
 _HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2, flatten=True)
 _BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8)
@@ -66,7 +65,7 @@ _SMALL = Tile(16, 32, 16, group_v=2, parts=2)
 
 
 def _pointer(tile: Tile, capped_parts: int) -> Config:
-    return Config("pointer", _STATIC, tile, tile._replace(parts=capped_parts))
+    return Config("pointer", tile, tile._replace(parts=capped_parts))
 
 
 SIXTEEN_BIT: dict[str, Config] = {
@@ -77,7 +76,7 @@ SIXTEEN_BIT: dict[str, Config] = {
     ),
     "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL),
     "gfx942": _pointer(_AMPERE._replace(stages=2), 1),
-    "interpreter": Config("tma", "small enough to interpret", _SMALL, _SMALL, _SMALL, _SMALL._replace(parts=4)),
+    "interpreter": Config("tma", _SMALL, _SMALL, _SMALL, _SMALL._replace(parts=4)),  # small enough to interpret
 }
 
 
