@@ -1,10 +1,29 @@
-"""ORPO and linear cross-entropy log-probabilities without ever holding full logits.
+"""ORPO, other preference losses and linear cross-entropy log-probabilities without ever holding full logits.
 
 Importing this package loads torch and nothing else; backends and integrations load when they are used.
 """
 
-from orpo_kernels import reference
-from orpo_kernels.loss import OrpoLoss, OrpoOutput, explain, linear_logprobs, orpo_loss
+from orpo_kernels import objectives, reference
+from orpo_kernels.loss import (
+    OrpoLoss,
+    OrpoOutput,
+    PreferenceOutput,
+    explain,
+    linear_logprobs,
+    orpo_loss,
+    preference_loss,
+)
 
-__all__ = ["OrpoLoss", "OrpoOutput", "__version__", "explain", "linear_logprobs", "orpo_loss", "reference"]
+__all__ = [
+    "OrpoLoss",
+    "OrpoOutput",
+    "PreferenceOutput",
+    "__version__",
+    "explain",
+    "linear_logprobs",
+    "objectives",
+    "orpo_loss",
+    "preference_loss",
+    "reference",
+]
 __version__ = "0.1.0"

@@ -1,12 +1,16 @@
-"""Input errors, raised before any work: each names the argument, what was expected, what came, and the remedy."""
+"""Errors of tensors, raised before any work: each names the argument, what was expected, what came, and the remedy.
+
+What is no tensor is checked in ``settings.py``.
+"""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from orpo_kernels.settings import Head
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -17,29 +21,35 @@ def shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> None:
-    """Hidden states and head: types, dtypes, shapes, devices, and weights that hold no data here.
+def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
+    """Hidden states and head: types, dtypes, layouts, shapes, devices, and weights that hold no data here.
 
     Raises:
-        TypeError: an argument is no tensor or has a dtype that cannot be used.
-        ValueError: shapes or devices do not fit, the weight is sharded or empty, or a scalar is out of range.
+        TypeError: an argument is no tensor, or has a dtype or layout that cannot be used.
+        ValueError: shapes or devices do not fit, hidden has fewer than ``least`` dimensions, or the weight is sharded
+            or empty.
     """
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if name == "bias" and tensor is None:
-            continue
+    weight, bias = head.weight, head.bias
+    named = [("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])]
+    for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: dequantise it first"
             )
+        if tensor.is_nested:
+            raise TypeError(f"{name} is a nested tensor: pass the packed form, with cu_seqlens")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense, strided tensor, got layout {tensor.layout}: call .to_dense() first")
     if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
         raise ValueError(
             "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "
             "pass weight.full_tensor(grad_placements=[Partial('avg')])"
         )
-    if weight.is_meta:
-        raise ValueError("weight is on the meta device and holds no data: load or gather it before the loss")
+    for name, tensor in named:
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no data: load or gather it before the loss")
     if weight.numel() == 0:
         raise ValueError(
             f"weight is empty (shape {shape(weight)}): DeepSpeed ZeRO-3 keeps parameters partitioned; call the loss "
@@ -49,8 +59,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale:
         raise ValueError(
             f"weight must be [V, H], got shape {shape(weight)}: pass the head's own weight, as nn.Linear has it"
         )
-    if hidden.dim() < 2:
-        raise ValueError(f"hidden must be [2P, T, H] or packed [N, H], got shape {shape(hidden)}")
+    if hidden.dim() < least:
+        expected = "[2P, T, H] or packed [N, H]" if least > 1 else "[..., H]"
+        raise ValueError(f"hidden must be {expected}, got shape {shape(hidden)}: pass the model's last hidden states")
     if hidden.shape[-1] != weight.shape[1]:
         transposed = hidden.shape[-1] == weight.shape[0]
         hint = (
@@ -59,21 +70,38 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale:
         raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns{hint}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], one entry a row of weight, got shape {shape(bias)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one to the other's device"
-            )
+    for name, tensor in named[1:]:
+        _same_device(name, tensor, hidden)
         if tensor.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} is {tensor.dtype} but hidden is {hidden.dtype}: cast one, or run under torch.autocast"
             )
-    if not (math.isfinite(logit_scale) and logit_scale > 0):
-        raise ValueError(f"logit_scale must be finite and positive, got {logit_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be finite and positive, or None for no softcap, got {softcap}")
+
+
+def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one to the other's device"
+        )
+
+
+def check_pair_numbers(name: str, values: Tensor | None, hidden: Tensor, expected: int, what: str) -> None:
+    """``[expected]`` floating-point numbers without a gradient, on the device of hidden; None is no number.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: another shape or device, or a tensor that asks for a gradient.
+    """
+    if values is None:
+        return
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+    if values.shape != (expected,):
+        raise ValueError(f"{name} must be [{expected}], {what}, got shape {shape(values)}")
+    if values.requires_grad:
+        raise ValueError(f"{name} asks for a gradient, which the loss does not give: compute it under torch.no_grad()")
+    _same_device(name, values, hidden)
 
 
 def check_labels(name: str, labels: Tensor, hidden: Tensor, *, expected: torch.Size) -> None:
@@ -89,10 +117,7 @@ def check_labels(name: str, labels: Tensor, hidden: Tensor, *, expected: torch.S
         raise TypeError(
             f"{name} must hold integers (int64), got {labels.dtype}: token ids, not one-hot or probabilities"
         )
-    if labels.device != hidden.device:
-        raise ValueError(
-            f"{name} is on {labels.device} but hidden is on {hidden.device}: move one to the other's device"
-        )
+    _same_device(name, labels, hidden)
     if labels.shape == expected:
         return
     if labels.dim() == 2 == len(expected) and labels.shape[0] == expected[0] and labels.shape[1] == expected[1] + 1:
@@ -121,28 +146,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
             f"cu_seqlens must be [2P + 1], offsets of an even number of sequences, chosen first, got shape "
             f"{shape(cu_seqlens)}: give every chosen sequence its rejected one"
         )
-    if cu_seqlens.device != hidden.device:
-        raise ValueError(
-            f"cu_seqlens is on {cu_seqlens.device} but hidden is on {hidden.device}: move one to the other's device"
-        )
+    _same_device("cu_seqlens", cu_seqlens, hidden)
     offsets: list[int] = cu_seqlens.tolist()  # a few integers; the packed form's second and last host copy
     if offsets[0] != 0 or offsets[-1] != hidden.shape[0] or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the {hidden.shape[0]} rows of hidden, got {offsets[:4]}...{offsets[-1]}"
         )
-
-
-def check_scalar(name: str, value: float) -> None:
-    """A finite, non-negative number.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: negative, infinite or NaN.
-    """
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 def padded_offsets(hidden: Tensor) -> Tensor:

@@ -1,332 +1,249 @@
-"""Runs a plan on a backend: the loop over groups of pairs, the closed-form coefficients, and the autograd Functions.
+"""Runs a plan on a backend: ``forward -> g -> backward``, group by group, in one autograd Function.
 
-Gradients are formed while E is at hand, in forward; backward multiplies them by the upstream scalar.
+``g = d loss / d logp`` of each target. A loss over pairs knows it as soon as a group's log-probabilities are known, so its
+gradients are formed in forward and backward multiplies them by the upstream scalar. Log-probabilities alone get theirs
+from autograd: what backward needs waits until then.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from orpo_kernels.backends import Backend, Forward, acc_dtype
-from orpo_kernels.objective import OddsRatio
-from orpo_kernels.pairs import PairTable
-from orpo_kernels.plan import Needs, Plan, room_of
-from orpo_kernels.scores import Head, Scores
+from orpo_kernels.backends import (
+    Backend,
+    Found,
+    GivenPairs,
+    Grads,
+    PairTable,
+    Part,
+    acc_dtype,
+    grad_dtype,
+    select,
+)
+from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan
+from orpo_kernels.settings import Head, Needs
+from orpo_kernels.targets import Targets
 
 
 class Losses(NamedTuple):
-    """What one run yields beside gradients: scalars and ``[P]`` vectors in the accumulation dtype."""
+    """What a loss over pairs yields beside gradients, in the accumulation dtype."""
 
-    loss: Tensor
-    nll_loss: Tensor
-    odds_ratio_loss: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    log_odds_ratio: Tensor
-    log_odds_chosen: Tensor
-    chosen_logits_mean: Tensor
-    rejected_logits_mean: Tensor
-
-
-class Grads(NamedTuple):
-    """Gradients of the loss for an upstream gradient of 1; float16 inputs get theirs in float32."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    loss: Tensor  # []
+    means: Tensor  # [4 + metrics]: NLL, mean logits of the chosen and of the rejected side, objective, metrics
+    values: Tensor  # [rows, P], the rows of PairTable
 
 
 @dataclass(frozen=True)
-class Job:
-    """One call of the loss, without the tensors that autograd tracks."""
+class Call:
+    """One call, without the tensors that autograd tracks."""
 
-    scores: Scores
-    objective: OddsRatio
-    nll_weight: float
-    logit_scale: float
-    softcap: float | None
+    targets: Targets
+    given: GivenPairs | None  # None for log-probabilities alone, whose g comes late
     needs: Needs
     plan: Plan
     backend: Backend
 
 
-def grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 gradients underflow before a loss scale is applied, so they wait for it in float32."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def run(call: Call, hidden: Tensor, head: Head) -> tuple[Losses | Found, Grads]:
+    """The plan, as far as it goes without an upstream gradient, for ``hidden [rows, H]``.
 
-
-def run_orpo(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Losses, Grads]:
-    """The loss over ``hidden [rows, H]``, its parts, and the gradients ``job.needs`` asks for."""
-    head = Head(weight, bias, job.logit_scale, job.softcap)
-    scores, plan, needs, backend = job.scores, job.plan, job.needs, job.backend
-    # Without a softcap the mean over V moves inside the product: h . mean(W), no logits needed.
-    centre = backend.column_mean(weight) if head.softcap is None else None
+    That is the loss and its gradients for an upstream gradient of 1; or log-probabilities, and what waits for theirs.
+    """
+    plan, backend, targets, given = call.plan, call.backend, call.targets, call.given
+    store = plan.name == "store"
+    mean_weight = backend.mean_weight(head.weight) if given is not None and head.softcap is None else None
     several = len(plan.groups) > 1
-    acc = acc_dtype(hidden.dtype) if several else None
-    grads = Grads(
-        _like_contiguous(hidden).zero_() if needs.hidden else None,
-        _like_contiguous(weight, acc) if needs.weight else None,
-        _like_contiguous(bias, acc) if needs.bias and bias is not None else None,
+    grads = _room(call, hidden, head, several)
+    tables: list[PairTable] = []
+    for group in plan.groups:
+        of = slice(group.first, group.last)
+        part = _part(call, hidden, head, of)._replace(logit_means=given is not None, mean_weight=mean_weight)
+        if group.first == group.last:
+            nothing = torch.zeros(0, dtype=acc_dtype(hidden.dtype), device=hidden.device)
+            found = Found(nothing, nothing, None)
+        else:
+            found = backend.forward(part, grads, store=store)
+        if given is None:
+            return found, grads
+        tables.append(backend.pair_terms(found, targets.pairs(*group[:2]), given))
+        backward(call, part, found, tables[-1].g, grads, accumulate=group.first > 0)
+        del found  # and E with it, before the next group's is allocated
+    if several:
+        final = (None if grad is None else grad.to(grad_dtype(hidden.dtype)) for grad in grads[1:])
+        grads = Grads(grads.hidden, *final)
+    return _losses(call, head, tables), grads
+
+
+def _part(call: Call, hidden: Tensor, head: Head, of: slice) -> Part:
+    targets = call.targets
+    return Part(
+        hidden, targets.rows[of], targets.ids[of], head, call.plan.scratch_budget, targets.sizes.shared_rows
     )
-    if plan.name == "stash" and scores.count:
-        tables: list[PairTable] = []
-        for group in plan.groups:
-            part, pairs = slice(*group[2:]), slice(*group[:2])
-            rows, targets = scores.rows[part], scores.targets[part]
-            result = backend.forward(
-                hidden, rows, targets, head, keep=True, unit=needs.hidden, logit_means=True, centre=centre,
-                room=plan.room,
-            )  # fmt: skip
-            tables.append(_table(job, result, pairs, part))
-            g = tables[-1].coefficients
-            if grads.hidden is not None:
-                backend.grad_hidden(
-                    result, rows, targets, head, g, grads.hidden, shared=scores.shared_rows, room=plan.room
-                )
-            backend.grad_head(
-                result, hidden, rows, targets, head, g, *grads[1:], accumulate=group.first_score > 0, room=plan.room
-            )
-            del result  # E, before the next group's is allocated
-        if several:
-            final = (None if g is None else g.to(grad_dtype(hidden.dtype)) for g in grads[1:])
-            grads = Grads(grads.hidden, *final)
-        table = PairTable(*(torch.cat(columns) for columns in zip(*tables, strict=True)))
-        return _losses(job, head, table), grads
-
-    # Without E, d logp / d hidden is formed before the coefficients are known, which needs every score of a pair. It
-    # waits in the gradient itself, unless two scores share a row.
-    unit, places = grads.hidden, scores.rows
-    if unit is not None and scores.shared_rows:
-        unit = unit.new_empty((scores.count, hidden.shape[1]))
-        places = torch.arange(scores.count, device=unit.device)
-    result = _stream(
-        backend, hidden, scores.rows, scores.targets, head, unit=unit, places=places, logit_means=True, centre=centre,
-        room=plan.room,
-    )  # fmt: skip
-    table = _table(job, result, slice(0, scores.pairs), slice(0, scores.count))
-    g = table.coefficients
-    if grads.hidden is not None and unit is not None:
-        backend.scale_rows(unit, places, g)
-        if unit is not grads.hidden:
-            grads.hidden.index_add_(0, scores.rows, unit)  # two terms at most meet in a row: the order changes nothing
-            del unit
-    if needs.head:
-        backend.grad_head(
-            result, hidden, scores.rows, scores.targets, head, g, *grads[1:], accumulate=False, room=plan.room
-        )
-    return _losses(job, head, table), grads
 
 
-def _like_contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def backward(call: Call, part: Part, found: Found, g: Tensor, grads: Grads, *, accumulate: bool) -> None:
+    """``backend.backward`` where there is a target and a gradient is asked for."""
+    if part.rows.numel():
+        if call.plan.passes > 1:
+            call.backend.backward(part, found, g, grads, accumulate=accumulate)
+    elif not accumulate:
+        for grad in grads[1:]:
+            if grad is not None:
+                grad.zero_()
+
+
+def _room(call: Call, hidden: Tensor, head: Head, several: bool) -> Grads:
+    """Gradients to be written; the head's in the accumulation dtype where several groups add to them.
+
+    Those that an upstream gradient of log-probabilities is needed for are left to ``late_grads``.
+    """
+    needs, late = call.needs, call.given is None
+    acc = acc_dtype(hidden.dtype) if several else None
+    return Grads(
+        _empty(hidden).zero_() if needs.hidden else None,
+        _empty(head.weight, acc) if needs.weight and not late else None,
+        _empty(head.bias, acc) if needs.bias and head.bias is not None and not late else None,
+    )
+
+
+def late_grads(call: Call, hidden: Tensor, head: Head, found: Found, grads: Grads, upstream: Tensor) -> Grads:
+    """Gradients of log-probabilities for the upstream gradient ``[positions]``."""
+    targets, needs = call.targets, call.needs
+    grads = Grads(
+        grads.hidden,
+        _empty(head.weight) if needs.weight else None,
+        _empty(head.bias) if needs.bias and head.bias is not None else None,
+    )
+    part = _part(call, hidden, head, slice(None))
+    g = upstream[targets.rows].to(found.logps.dtype)
+    backward(call, part, found, g, grads, accumulate=False)
+    return grads
+
+
+def logps_of(call: Call, found: Found) -> Tensor:
+    """``[positions]``, 0 where there is no target."""
+    return found.logps.new_zeros(call.targets.sizes.positions).index_copy_(0, call.targets.rows, found.logps)
+
+
+def _empty(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for a gradient, in the dtype it waits in unless told."""
     return torch.empty_like(tensor, dtype=dtype or grad_dtype(tensor.dtype), memory_format=torch.contiguous_format)
 
 
-def _table(job: Job, result: Forward, pairs: slice, part: slice) -> PairTable:
-    assert result.logit_means is not None  # asked for
-    return job.backend.pair_table(
-        result.logps, result.logit_means, job.scores, pairs, part, job.objective, job.nll_weight
-    )
-
-
-def _stream(
-    backend: Backend, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, *, unit: Tensor | None = None,
-    places: Tensor | None = None, logit_means: bool = False, centre: Tensor | None = None, room: int,
-) -> Forward:  # fmt: skip
-    """``backend.forward`` over chunks of rows, without E; ``unit[places]`` becomes d logp / d hidden."""
-    step = backend.rows_at_once(hidden.shape[1], room)
-    parts: list[Forward] = []
-    for start in range(0, max(rows.numel(), 1), step):
-        of = slice(start, start + step)
-        part = backend.forward(
-            hidden, rows[of], targets[of], head, keep=False, unit=unit is not None, logit_means=logit_means,
-            centre=centre, room=room,
-        )  # fmt: skip
-        if unit is not None and places is not None:
-            backend.grad_hidden(part, places[of], targets[of], head, None, unit, shared=False, room=room)
-        parts.append(part._replace(unit=None))
-        del part  # and its unit, before the next chunk's is allocated
-    return Forward(
-        logps=torch.cat([part.logps for part in parts]),
-        shift=torch.cat([part.shift for part in parts]),
-        inverse=torch.cat([part.inverse for part in parts]),
-        entry=torch.cat([part.entry for part in parts]),
-        unit=None,
-        exps=None,
-        logit_means=torch.cat([part.logit_means for part in parts if part.logit_means is not None])
-        if logit_means
-        else None,
-    )
-
-
-def _losses(job: Job, head: Head, table: PairTable) -> Losses:
-    sums = torch.stack(table[2:8]).sum(1)
-    nll, odds, log_sigmoid, log_odds, *logits = sums.unbind()
-    means = [total / max(count, 1) for total, count in zip(logits, job.scores.side_counts, strict=True)]
+def _losses(call: Call, head: Head, tables: list[PairTable]) -> Losses:
+    values = torch.cat([table.values for table in tables], 1) if len(tables) > 1 else tables[0].values
+    means = values[len(PairTable.ROWS) - 3 :].sum(1)
     if head.bias is not None and head.softcap is None:
-        bias = head.logit_scale * head.bias.to(sums.dtype).mean()
-        means = [mean + bias if count else mean for mean, count in zip(means, job.scores.side_counts, strict=True)]
-    return Losses(
-        loss=job.nll_weight * nll + odds,
-        nll_loss=nll,
-        odds_ratio_loss=odds,
-        chosen_logps=table.chosen,
-        rejected_logps=table.rejected,
-        log_odds_ratio=log_sigmoid,
-        log_odds_chosen=log_odds,
-        chosen_logits_mean=means[0],
-        rejected_logits_mean=means[1],
-    )
+        # The mean over V moved inside the product: what the bias adds to a mean logit stands apart.
+        of_bias = head.logit_scale * _mean(head.bias, means.dtype)
+        for row, count in enumerate(call.targets.sizes.sides, 1):
+            if count:
+                means[row] += of_bias
+    assert call.given is not None  # a loss over pairs
+    return Losses(call.given.nll_weight * means[0] + means[3], means, values)
+
+
+def _mean(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean of a vector whose sum may overflow ``dtype``."""
+    return values.mean(dtype=torch.float64).to(dtype)
 
 
 @torch.no_grad()
-def mean_logit(backend: Backend, hidden: Tensor, head: Head) -> Tensor:
+def mean_logit(hidden: Tensor, head: Head, backend: str = "auto") -> Tensor:
     """Mean capped logit over ``hidden [n, H]`` and the vocabulary, a scalar; 0 for no rows."""
     if hidden.shape[0] == 0:
         return torch.zeros((), dtype=acc_dtype(hidden.dtype), device=hidden.device)
+    chosen = select(backend, hidden.device, hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if head.softcap is None:
             mean = hidden.mean(0, dtype=acc_dtype(hidden.dtype))
-            bias = 0.0 if head.bias is None else head.bias.to(mean.dtype).mean()
-            uncapped: Tensor = head.logit_scale * (mean @ backend.column_mean(head.weight) + bias)
+            bias = 0.0 if head.bias is None else _mean(head.bias, mean.dtype)
+            uncapped: Tensor = head.logit_scale * (mean @ chosen.mean_weight(head.weight) + bias)
             return uncapped
         every = torch.arange(hidden.shape[0], device=hidden.device)
-        room = room_of(None, backend)
-        result = _stream(backend, hidden, every, torch.zeros_like(every), head, logit_means=True, room=room)
-    assert result.logit_means is not None  # asked for
-    return result.logit_means.mean()
+        part = Part(hidden, every, torch.zeros_like(every), head, DEFAULT_WORKSPACE, logit_means=True)
+        found = chosen.forward(part, Grads(None, None, None), store=False)
+    assert found.logit_means is not None  # asked for
+    return found.logit_means.mean()
 
 
-class OrpoFunction(torch.autograd.Function):
-    """``Losses`` of a job. Gradients are ready in forward; backward scales them by the upstream scalar, in place."""
+class Fused(torch.autograd.Function):
+    """``Losses`` or log-probabilities ``[positions]`` of a call. The first backward owns what forward prepared."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, call: Call) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, grads = run_orpo(job, hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        if job.plan.mm > 1:
-            ctx.save_for_backward(hidden, weight, bias)
-            ctx.job, ctx.grads = job, grads
-        ctx.mark_non_differentiable(*losses[1:])
+            result, grads = run(call, hidden.detach(), head.detached())
         ctx.set_materialize_grads(False)
-        return tuple(losses)
+        ctx.call, ctx.numbers = call, head[2:]
+        late = isinstance(result, Found)
+        if call.plan.passes > 1:
+            ctx.save_for_backward(hidden, weight, bias)
+            ctx.ready = result if late else None, grads
+        if late:
+            return logps_of(call, result)
+        ctx.mark_non_differentiable(*result[1:])
+        return tuple(result)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return None, None, None, None
-        # The first backward owns the buffers and hands them to autograd. A second one (retain_graph=True) finds none
-        # and computes them again, rather than scaling what may already be somebody's .grad.
-        inputs = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            with torch.autocast(grad_loss.device.type, enabled=False):
-                hidden, weight, bias = inputs
-                _, grads = run_orpo(ctx.job, hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        out = []
-        for grad, like in zip(grads, inputs, strict=True):
-            if grad is not None:
-                ctx.job.backend.scale(grad, grad_loss)
-            out.append(_like(grad, like))
-        return *out, None
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        if upstream is None:
+            return None, None, None, None, None
+        call, inputs = ctx.call, ctx.saved_tensors
+        hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in inputs)
+        head = Head(weight, bias, *ctx.numbers)
+        with torch.autocast(upstream.device.type, enabled=False):
+            # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
+            # already be somebody's .grad.
+            (found, grads), ctx.ready = ctx.ready or run(call, hidden, head), None
+            if call.given is None:
+                grads = late_grads(call, hidden, head, found, grads, upstream)
+            else:
+                for grad in grads:
+                    if grad is not None:
+                        call.backend.scale(grad, upstream)
+        wanted = (None if g is None else g.to(like.dtype) for g, like in zip(grads, inputs, strict=True))
+        return *wanted, None, None
 
 
-@dataclass(frozen=True)
-class LogprobsJob:
-    """One call of ``linear_logprobs``, without the tensors that autograd tracks."""
+def refuse_second_derivatives() -> None:
+    """A backward that builds a graph of itself would leave ours out of it without a word.
 
-    rows: Tensor  # [N] int64
-    targets: Tensor  # [N] int64
-    positions: int
-    logit_scale: float
-    softcap: float | None
-    needs: Needs
-    backend: Backend
-    room: int  # bytes of scratch
-
-
-def run_logprobs(
-    job: LogprobsJob, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Forward]:
-    """Log-probabilities ``[positions]`` from ``hidden [positions, H]``, and what their backward needs.
-
-    That is d logp / d hidden ``[N, H]`` and a ``Forward`` without E.
+    Raises:
+        RuntimeError: backward runs with ``create_graph=True``.
     """
-    hidden = hidden.detach()
-    head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
-    unit = places = None
-    if job.needs.hidden:
-        unit = hidden.new_empty((job.rows.numel(), hidden.shape[1]), dtype=grad_dtype(hidden.dtype))
-        places = torch.arange(job.rows.numel(), device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        result = _stream(job.backend, hidden, job.rows, job.targets, head, unit=unit, places=places, room=job.room)
-    return result.logps.new_zeros(job.positions).index_copy_(0, job.rows, result.logps), unit, result
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "orpo_kernels has first derivatives only, and backward was called with create_graph=True: compute the "
+            "term that needs second derivatives from orpo_kernels.reference, or drop create_graph"
+        )
 
 
-def logprobs_grads(
-    job: LogprobsJob, unit: Tensor | None, result: Forward, grad: Tensor, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None,
-) -> Grads:  # fmt: skip
-    """Gradients for the upstream gradient ``grad [positions]``, in the dtypes of the inputs."""
-    hidden, g = hidden.detach(), grad[job.rows]
-    grads = Grads(
-        None,
-        _like_contiguous(weight) if job.needs.weight else None,
-        _like_contiguous(bias) if job.needs.bias and bias is not None else None,
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        if unit is not None:
-            of_hidden = _like_contiguous(hidden).zero_().index_copy_(0, job.rows, unit)
-            job.backend.scale_rows(of_hidden, job.rows, g)
-            grads = grads._replace(hidden=of_hidden)
-        if job.needs.head:
-            head = Head(weight.detach(), None if bias is None else bias.detach(), job.logit_scale, job.softcap)
-            job.backend.grad_head(
-                result, hidden, job.rows, job.targets, head, g, *grads[1:], accumulate=False, room=job.room
-            )
-    return Grads(*(_like(found, tensor) for found, tensor in zip(grads, (hidden, weight, bias), strict=True)))
-
-
-def _like(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype autograd expects."""
-    return None if grad is None or tensor is None else grad.to(tensor.dtype)
-
-
-class LogprobsFunction(torch.autograd.Function):
-    """``[positions]`` log-probabilities, 0 where there is no score; any upstream gradient.
-
-    ``d logp / d hidden`` does not depend on the upstream gradient, so it is formed in forward and backward scales its
-    rows; the head's gradient does, so its tiles are computed again in backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LogprobsJob) -> Tensor:
-        logps, unit, result = run_logprobs(job, hidden, weight, bias)
-        ctx.job = job
-        ctx.save_for_backward(hidden, weight, bias, unit, *result)
-        return logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, unit, *result = ctx.saved_tensors
-        return *logprobs_grads(ctx.job, unit, Forward(*result), grad, hidden, weight, bias), None
-
-
-def warn_skipped(scores: Scores) -> None:
-    """Say once per place that pairs with an empty answer leave the odds term."""
-    skipped = scores.pairs - scores.valid_pairs
+def warn_skipped(targets: Targets) -> None:
+    """Say once per place that pairs with an empty answer leave the objective's term."""
+    pairs = len(targets.sizes.pairs)
+    skipped = pairs - targets.sizes.valid
     if skipped:
         warnings.warn(
-            f"{skipped} of {scores.pairs} pairs have an answer without a token (all labels ignored) and so no odds "
+            f"{skipped} of {pairs} pairs have an answer without a token (all labels ignored) and so no odds "
             "ratio: they leave the odds term, and their chosen tokens still count in the NLL. Truncation that keeps "
             "the prompt and drops the answer is the usual cause: raise the maximum length or filter such pairs",
-            stacklevel=4,
+            stacklevel=_level_of_caller(),
         )
+
+
+def _level_of_caller() -> int:
+    """``stacklevel`` of the first frame outside this package and torch, as seen from ``warn_skipped``."""
+    ours = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,20 +1,53 @@
-"""The public surface: ``orpo_loss``, ``linear_logprobs``, ``explain`` and ``OrpoLoss``."""
+"""The public surface: ``preference_loss``, ``orpo_loss``, ``linear_logprobs``, ``explain`` and ``OrpoLoss``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, overload
 
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels import compiled
-from orpo_kernels.engine import LogprobsFunction, Losses, OrpoFunction, warn_skipped
+from orpo_kernels import operators
+from orpo_kernels.engine import Fused, Losses, warn_skipped
+from orpo_kernels.objectives import ORPO, Objective, PairLogps, metric_names
 from orpo_kernels.plan import Plan
-from orpo_kernels.prepare import needs_of, prepare_logprobs, prepare_orpo
+from orpo_kernels.prepare import prepare
+from orpo_kernels.settings import Batch, Head, Settings, checked, checked_head
 
 P = ParamSpec("P")
+
+
+class PreferenceOutput(NamedTuple):
+    """What ``preference_loss`` returns. Only ``loss`` is differentiable; float32 (float64 for float64 inputs), nats."""
+
+    loss: Tensor  # [], nll_weight * nll_loss + objective_loss
+    nll_loss: Tensor  # [], mean negative log-likelihood over the NLL tokens
+    objective_loss: Tensor  # [], mean of the objective over the pairs that are valid
+    pairs: PairLogps  # [P] each, what the objective saw
+    chosen_rewards: Tensor  # [P], the objective's rewards, or sums of log-probabilities less the reference's
+    rejected_rewards: Tensor  # [P]
+    chosen_logits_mean: Tensor  # [], mean logit over the chosen side's targets and the vocabulary
+    rejected_logits_mean: Tensor  # []
+    valid: Tensor  # [P] bool, both answers have a token
+    objective_metrics: dict[str, Tensor]  # [] each, means over the valid pairs of what the objective reports
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The scalars TRL logs, under TRL's names, and the objective's own. Means are over the valid pairs."""
+        mean = _mean_over(self.valid, self.chosen_rewards.dtype)
+        return {
+            "rewards/chosen": mean(self.chosen_rewards),
+            "rewards/rejected": mean(self.rejected_rewards),
+            "rewards/accuracies": mean(self.chosen_rewards > self.rejected_rewards),
+            "rewards/margins": mean(self.chosen_rewards - self.rejected_rewards),
+            "logps/rejected": mean(self.pairs.rejected_sum),
+            "logps/chosen": mean(self.pairs.chosen_sum),
+            "logits/rejected": self.rejected_logits_mean,
+            "logits/chosen": self.chosen_logits_mean,
+            "nll_loss": self.nll_loss,
+            **self.objective_metrics,
+        }
 
 
 class OrpoOutput(NamedTuple):
@@ -29,22 +62,18 @@ class OrpoOutput(NamedTuple):
     rejected_rewards: Tensor  # [P]
     log_odds_ratio: Tensor  # [], mean of logsigmoid(log_odds)
     log_odds_chosen: Tensor  # [], mean of log_odds
-    chosen_logits_mean: Tensor  # [], mean logit over the chosen side's scores and the vocabulary
+    chosen_logits_mean: Tensor  # [], mean logit over the chosen side's targets and the vocabulary
     rejected_logits_mean: Tensor  # []
     skipped_pairs: Tensor  # [] int64, pairs without an odds ratio because an answer has no token
+    valid: Tensor  # [P] bool, the other pairs
 
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names. Pairs that were skipped are left out of the means over pairs."""
-        kept = (self.chosen_logps != 0) & (self.rejected_logps != 0)
-        share = kept / kept.sum().clamp(min=1)
-
-        def mean(per_pair: Tensor) -> Tensor:
-            return (per_pair * share).sum()
-
+        mean = _mean_over(self.valid, self.chosen_logps.dtype)
         return {
             "rewards/chosen": mean(self.chosen_rewards),
             "rewards/rejected": mean(self.rejected_rewards),
-            "rewards/accuracies": mean((self.chosen_rewards > self.rejected_rewards).float()),
+            "rewards/accuracies": mean(self.chosen_rewards > self.rejected_rewards),
             "rewards/margins": mean(self.chosen_rewards - self.rejected_rewards),
             "logps/rejected": mean(self.rejected_logps),
             "logps/chosen": mean(self.chosen_logps),
@@ -54,6 +83,89 @@ class OrpoOutput(NamedTuple):
             "log_odds_ratio": self.log_odds_ratio,
             "log_odds_chosen": self.log_odds_chosen,
         }
+
+
+def _mean_over(valid: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Means over the valid pairs; 0 where there is none."""
+    count = valid.sum().clamp(min=1)
+    return lambda per_pair: torch.where(valid, per_pair.to(dtype), 0).sum() / count
+
+
+def preference_loss(
+    hidden: Tensor,  # [2P, T, H] or packed [N, H]; float32, bfloat16, float16 or float64
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [2P, T] or packed [N]; integers
+    objective: Objective,
+    *,
+    nll_labels: Tensor | None = None,
+    reference_logps: Tensor | None = None,
+    margins: Tensor | None = None,
+    bias: Tensor | None = None,
+    nll_weight: float | None = None,
+    nll_reduction: str = "token",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> PreferenceOutput:
+    """A loss over pairs of answers from hidden states and the head's weight, without full logits.
+
+        z_tv   = cap(logit_scale * (W_v . h_t + b_v))         cap(z) = softcap * tanh(z / softcap), or identity
+        logp_t = z_{t, y_t} - logsumexp_v z_tv
+        loss   = nll_weight * NLL + mean_p objective(sums and lengths of logp over the answers of pair p)
+
+    Sequences are stacked chosen first: pair p is sequence p and sequence P + p. ``labels[s, t]`` is the token that
+    ``hidden[s, t]`` predicts, so labels are already shifted. A pair with an answer without a token leaves the mean over
+    pairs, one warning says so, and ``valid`` is False for it.
+
+    Args:
+        hidden: hidden states ``[2P, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``. Any strides.
+        weight: the head ``[V, H]``, as ``nn.Linear`` has it.
+        labels: answer tokens, ``ignore_index`` elsewhere.
+        objective: one of ``orpo_kernels.objectives``, or any callable from ``PairLogps`` to losses ``[P]`` in torch.
+            The loss of a pair must not depend on other pairs, unless the callable has ``couples_pairs = True``.
+        nll_labels: targets of the NLL, ``[P, T]`` or the shape of labels, whose rejected half is not read. None takes
+            the chosen side of ``labels``. TRL counts prompt and answer here. A position may name another target than
+            ``labels`` does.
+        reference_logps: a reference model's log-probabilities summed over the answers, ``[2P]``, chosen first; for
+            objectives that need them, as ``DPO``.
+        margins: a number for each pair ``[P]``, for objectives that use one.
+        bias: the head's bias ``[V]``. An entry of -inf masks its token.
+        nll_weight: weight of the NLL. None takes the objective's own: 1 for ORPO, 0 where it names none.
+        nll_reduction: "token", the mean over all NLL tokens, or "sequence", the mean over sequences of their means.
+        logit_scale: factor on the logits, positive.
+        softcap: the softcap c, or None.
+        ignore_index: the label of positions that do not count.
+        cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
+        backend: "auto", or a backend's name.
+        workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to the
+            copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB, and
+            the place of one float32 copy of the weight. Results do not depend on it beyond rounding.
+
+    Returns:
+        ``PreferenceOutput``; its ``loss`` is differentiable once in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: an input that cannot be right; the message names it and the remedy.
+        RuntimeError: a CUDA graph is being captured; in backward, second derivatives are asked for.
+
+    Precision: products in the dtype of the inputs (float16 in float32), all sums in float32 (float64 for float64). The
+    objective is computed in that dtype too. Under autocast hidden, weight and bias are cast as ``F.linear`` casts them.
+    On a GPU a call copies a few integers to the host once, to compact the labels. Three products of the head's size, two
+    with the head frozen, one without gradients, four where the workspace is small.
+    """
+    head = Head(weight, bias, logit_scale, softcap)
+    batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins)
+    settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
+    losses, known = _losses(hidden, head, batch, settings)
+    nll, chosen_logits, rejected_logits, mean, *metrics = losses.means.unbind()
+    rewards = getattr(objective, "rewards", _log_ratios)(known)
+    return PreferenceOutput(
+        losses.loss, nll, mean, known, *rewards, chosen_logits, rejected_logits, _valid(known),
+        dict(zip(metric_names(objective), metrics, strict=True)),
+    )  # fmt: skip
 
 
 def orpo_loss(
@@ -81,94 +193,95 @@ def orpo_loss(
         log_odds_p = (l_w - l_l) - (log(1 - exp(l_w)) - log(1 - exp(l_l)))
         loss   = nll_weight * NLL + beta * mean_p softplus(-log_odds_p)
 
-    Sequences are stacked chosen first: pair p is sequence p and sequence P + p. ``labels[s, t]`` is the token that
-    ``hidden[s, t]`` predicts, so labels are already shifted. A pair with an answer without a token has no odds ratio:
-    it leaves the odds term, which is a mean over the other pairs, one warning says so, and ``skipped_pairs`` counts it.
-    Finite inputs give finite results: l_l is held at or below -1e-6, where its true gradient diverges.
+    ``preference_loss`` with the objective ``ORPO(beta)``, and fields under ORPO's names. A pair with an answer without a
+    token has no odds ratio: it leaves the odds term, and ``skipped_pairs`` counts it. Finite inputs give finite results:
+    l_l is held at or below -1e-6, where its true gradient diverges.
 
     Args:
-        hidden: hidden states ``[2P, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``. Any strides.
-        weight: the head ``[V, H]``, as ``nn.Linear`` has it.
-        labels: answer tokens, ``ignore_index`` elsewhere.
-        nll_labels: targets of the NLL, ``[P, T]`` or the shape of labels, whose rejected half is not read. None takes
-            the chosen side of ``labels``. TRL's ORPO counts prompt and answer here. A position may name another
-            target than ``labels`` does.
-        bias: the head's bias ``[V]``.
         beta: weight of the odds term (lambda in the paper).
-        nll_weight: weight of the NLL term.
-        nll_reduction: "token", the mean over all NLL tokens, or "sequence", the mean over sequences of their means.
-        logit_scale: factor on the logits, positive.
-        softcap: the softcap c, or None.
-        ignore_index: the label of positions that do not count.
-        cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
-        backend: "auto", or a backend's name.
-        workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache. None
-            means 1 GiB, and the place of one float32 copy of the weight; a GPU takes 20 MiB in any case. Results do not
-            depend on it beyond rounding.
+
+        The others are ``preference_loss``'s.
 
     Returns:
         ``OrpoOutput``; its ``loss`` is differentiable once in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: an input that cannot be right; the message names it and the remedy.
-
-    Precision: products in the dtype of the inputs (float16 in float32), all sums in float32 (float64 for float64).
-    Under autocast hidden, weight and bias are cast as ``F.linear`` casts them. On a GPU a call copies a few integers to
-    the host once, to compact the labels.
+        TypeError, ValueError, RuntimeError: as ``preference_loss``.
 
     Source: Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    if torch.compiler.is_compiling():
-        *losses, skipped = compiled.orpo(
-            hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
-            ignore_index, cu_seqlens, backend, workspace_bytes, list(needs_of(hidden, weight, bias)),
-        )[: len(Losses._fields) + 1]  # fmt: skip
-        return _output(Losses(*losses), skipped, beta)
-    job = prepare_orpo(
-        hidden, weight, labels, nll_labels, bias, beta, nll_weight, nll_reduction, logit_scale, softcap,
-        ignore_index, cu_seqlens, backend, workspace_bytes,
-    )  # fmt: skip
-    warn_skipped(job.scores)
-    losses = OrpoFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
-    return _output(Losses(*losses), job.scores.pairs - job.scores.pair_valid.sum(), beta)
-
-
-def _output(losses: Losses, skipped: Tensor, beta: float) -> OrpoOutput:
+    objective = ORPO(beta)
+    head = Head(weight, bias, logit_scale, softcap)
+    batch = Batch(labels, nll_labels, cu_seqlens)
+    settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
+    losses, known = _losses(hidden, head, batch, settings)
+    nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
+    valid, rewards = _valid(known), objective.rewards(known)
     return OrpoOutput(
-        **losses._asdict(),
-        chosen_rewards=beta * losses.chosen_logps,
-        rejected_rewards=beta * losses.rejected_logps,
-        skipped_pairs=skipped,
-    )
+        losses.loss, nll, odds, known.chosen_mean, known.rejected_mean, *rewards, log_sigmoid, log_odds, chosen_logits,
+        rejected_logits, (~valid).sum(), valid,
+    )  # fmt: skip
 
 
-def _takes_the_arguments_of(function: Callable[P, Any]) -> Callable[[Callable[..., Plan]], Callable[P, Plan]]:
-    """Give a function another's parameters, for people and type checkers, so that they are written once."""
+def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tuple[Losses, PairLogps]:
+    """The loss, and what is known of the pairs."""
+    hidden, head = _autocast(hidden, head)
+    if torch.compiler.is_compiling():
+        losses = Losses(*operators.preference(hidden, head, batch, settings))
+    else:
+        call = prepare(hidden, head, batch, settings).call()
+        warn_skipped(call.targets)
+        losses = Losses(*Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call))
+    values = losses.values
+    reference = (None, None) if batch.reference_logps is None else batch.reference_logps.to(values.dtype).view(2, -1)
+    margins = None if batch.margins is None else batch.margins.to(values.dtype)
+    return losses, PairLogps(*values[:4], *reference, margins)
 
-    def decorate(plain: Callable[..., Plan]) -> Callable[P, Plan]:
-        plain.__signature__ = inspect.signature(function).replace(return_annotation=Plan)  # type: ignore[attr-defined]
-        return plain
 
-    return decorate
+def _valid(pairs: PairLogps) -> Tensor:
+    return (pairs.chosen_length > 0) & (pairs.rejected_length > 0)
 
 
-@_takes_the_arguments_of(orpo_loss)
+def _log_ratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    if pairs.reference_chosen is None or pairs.reference_rejected is None:
+        return pairs.chosen_sum, pairs.rejected_sum
+    return pairs.chosen_sum - pairs.reference_chosen, pairs.rejected_sum - pairs.reference_rejected
+
+
+@overload
+def explain(function: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> Plan: ...
+@overload
+def explain(hidden: Tensor, /, *args: Any, **kwargs: Any) -> Plan: ...
+@overload
+def explain(**kwargs: Any) -> Plan: ...
 def explain(*args: Any, **kwargs: Any) -> Plan:
-    """The plan ``orpo_loss`` would follow for the same arguments, without computing anything.
+    """The plan a function of this module would follow for the same arguments, without multiplying anything.
 
-    ``print(explain(...))`` says which plan, how many products, how many chunks, how many bytes, and why.
+    ``explain(linear_logprobs, hidden, weight, labels)``; without a function it is ``orpo_loss``. ``print(explain(...))``
+    says which plan, how many products, how many groups, how many bytes, and why. It counts the labels, for which the
+    host waits on a GPU.
 
     Raises:
-        TypeError, ValueError: as ``orpo_loss``.
+        TypeError, ValueError: as the function.
     """
-    call = inspect.signature(orpo_loss).bind(*args, **kwargs)
-    call.apply_defaults()
-    given = call.arguments
-    given.update(
-        zip(("hidden", "weight", "bias"), _autocast(given["hidden"], given["weight"], given["bias"]), strict=True)
+    function, given = (args[0], args[1:]) if args and callable(args[0]) else (orpo_loss, args)
+    if function not in (preference_loss, orpo_loss, linear_logprobs):
+        raise ValueError(
+            "explain knows preference_loss, orpo_loss and linear_logprobs, got "
+            f"{getattr(function, '__name__', function)!r}: pass one of them, and its arguments"
+        )
+    bound = inspect.signature(function).bind(*given, **kwargs)
+    bound.apply_defaults()
+    named = bound.arguments
+    if function is orpo_loss:
+        named["objective"] = ORPO(named["beta"])
+    hidden, head = _autocast(
+        named["hidden"], Head(*(named[field] for field in Head._fields))
     )
-    return prepare_orpo(**given).plan
+    batch, settings = (
+        kind(**{field: named[field] for field in kind._fields if field in named}) for kind in (Batch, Settings)
+    )
+    return prepare(hidden, head, batch, settings).plan
 
 
 def linear_logprobs(
@@ -185,68 +298,56 @@ def linear_logprobs(
 ) -> Tensor:
     """``logp_t = z_{t, y_t} - logsumexp_v z_tv`` per label, without full logits; any upstream gradient.
 
-    What DPO, CPO, GRPO or a loss of your own needs. ``labels[..., t]`` is the token that ``hidden[..., t]`` predicts.
+    What GRPO or a loop of your own needs. ``labels[..., t]`` is the token that ``hidden[..., t]`` predicts.
 
     Args:
         hidden: hidden states ``[..., H]``.
         weight: the head ``[V, H]``.
         labels: shape of hidden without its last dimension; ``ignore_index`` where no log-probability is wanted.
-        bias: the head's bias ``[V]``.
-        logit_scale: factor on the logits, positive.
-        softcap: the softcap c, or None.
-        ignore_index: the label of positions that do not count.
-        backend: "auto", or a backend's name.
-        workspace_bytes: bound on the slices of E on a GPU, 1 GiB unless told; on a CPU they live in the cache.
+        bias, logit_scale, softcap, ignore_index, backend, workspace_bytes: as ``preference_loss`` has them.
 
     Returns:
         The shape of labels, float32 (float64 for float64 inputs), nats, 0 where ignored.
 
     Raises:
-        TypeError, ValueError: an input that cannot be right; the message names it and the remedy.
+        TypeError, ValueError, RuntimeError: as ``preference_loss``.
 
-    Precision: as ``orpo_loss``. Four products of the head's size with gradients for the head, two with the head frozen,
-    one without gradients.
+    Precision: as ``preference_loss``. Three products of the head's size where the exponentials of all labels fit the
+    workspace, in which they wait for backward; four where they do not, two with the head frozen, one without gradients.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, head = _autocast(hidden, Head(weight, bias, logit_scale, softcap))
+    batch, settings = Batch(labels), Settings(None, None, "token", ignore_index, backend, workspace_bytes)
     if torch.compiler.is_compiling():
-        one_operator: Tensor = compiled.logprobs(
-            hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, workspace_bytes
-        )
-        return one_operator
-    job = prepare_logprobs(hidden, weight, labels, bias, logit_scale, softcap, ignore_index, backend, workspace_bytes)
-    out: Tensor = LogprobsFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, job)
+        return operators.logprobs(hidden, head, batch, settings)
+    call = prepare(hidden, head, batch, settings).call()
+    out: Tensor = Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call)
     return out.view(labels.shape)
 
 
 class OrpoLoss(nn.Module):
     """``orpo_loss`` as a module: its settings at construction, its tensors at the call.
 
+    ``settings`` are the keywords of ``orpo_loss`` that are no tensors; they are checked here and kept as attributes.
+
     Example:
         >>> loss = OrpoLoss(beta=0.1)
         >>> loss(hidden, model.lm_head.weight, labels).loss.backward()
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.1,
-        nll_weight: float = 1.0,
-        nll_reduction: str = "token",
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        ignore_index: int = -100,
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
-    ) -> None:
+    NAMES = (
+        "beta", "nll_weight", "nll_reduction", "logit_scale", "softcap", "ignore_index", "backend", "workspace_bytes",
+    )  # fmt: skip
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.beta = beta
-        self.nll_weight = nll_weight
-        self.nll_reduction = nll_reduction
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.ignore_index = ignore_index
-        self.backend = backend
-        self.workspace_bytes = workspace_bytes
+        unknown = settings.keys() - set(self.NAMES)
+        if unknown:
+            raise TypeError(f"OrpoLoss takes {', '.join(self.NAMES)}; got {', '.join(sorted(unknown))}")
+        parameters = inspect.signature(orpo_loss).parameters
+        for name in self.NAMES:
+            setattr(self, name, settings.get(name, parameters[name].default))
+        checked(Settings(ORPO(self.beta), *(getattr(self, name) for name in Settings._fields[1:])))
+        checked_head(Head(torch.empty(0), None, self.logit_scale, self.softcap))
 
     def forward(
         self,
@@ -259,36 +360,22 @@ class OrpoLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> OrpoOutput:
         """See ``orpo_loss``."""
-        return orpo_loss(
-            hidden,
-            weight,
-            labels,
-            nll_labels=nll_labels,
-            bias=bias,
-            cu_seqlens=cu_seqlens,
-            beta=self.beta,
-            nll_weight=self.nll_weight,
-            nll_reduction=self.nll_reduction,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
-        )
+        settings = {name: getattr(self, name) for name in self.NAMES}
+        return orpo_loss(hidden, weight, labels, nll_labels=nll_labels, bias=bias, cu_seqlens=cu_seqlens, **settings)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, nll_weight={self.nll_weight}, nll_reduction={self.nll_reduction!r}"
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Cast to the autocast dtype, as ``F.linear`` would; float64 is left alone, as autocast leaves it."""
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
+        return hidden, head
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(tensor: Tensor) -> Tensor:
+    def cast(tensor: Any) -> Any:
         eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(dtype) if eligible else tensor
 
-    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+    return cast(hidden), head._replace(weight=cast(head.weight), bias=cast(head.bias))

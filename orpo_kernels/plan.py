@@ -1,145 +1,140 @@
-"""How the work is cut: which plan, how many chunks, how many bytes, and why.
+"""How the work is cut: which plan, how many groups, how many bytes, and why.
 
-One "mm" is ``2 * N * V * H`` FLOP over the N scores. ``E`` is the matrix of shifted exponentials, ``[V, N]``.
+One pass is a matrix product of ``2 * N * V * H`` FLOP over the N targets. ``E`` is the matrix of shifted exponentials.
 
-| plan | when | mm |
+| plan | when | passes |
 |---|---|---|
-| ``score`` | nothing needs a gradient | 1 |
+| ``forward`` | nothing needs a gradient | 1 |
 | ``frozen`` | the head is frozen, hidden needs a gradient | 2 |
-| ``stash`` | the head trains; E of a group of whole pairs fits the budget and is kept for the weight's product | 3 |
+| ``store`` | the head trains; E of a group of whole pairs fits the budget and is stored for the weight's product | 3 |
 | ``recompute`` | the head trains and no such group fits | 4 |
+
+``linear_logprobs`` takes the same plans. Its upstream gradient comes late, so ``store`` there keeps E of everything
+until backward and has one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from orpo_kernels.backends import Backend
+from orpo_kernels.backends import Backend, acc_dtype, grad_dtype
+from orpo_kernels.settings import Needs
+from orpo_kernels.targets import Sizes
 
-# E of about 4,000 scores at a vocabulary of 128,256 in bfloat16: large enough that the accumulation of the weight's
-# gradient over chunks is rare, small beside the activations of any model with such a head.
+# E of about 4,000 targets at a vocabulary of 128,256 in bfloat16: large enough that the accumulation of the weight's
+# gradient over groups is rare, small beside the activations of any model with such a head.
 DEFAULT_WORKSPACE = 1 << 30
 
 
 class Group(NamedTuple):
-    """A run of whole pairs and their scores, half-open."""
+    """A run of whole pairs and their targets, half-open."""
 
     first_pair: int
     last_pair: int
-    first_score: int
-    last_score: int
-
-
-class Needs(NamedTuple):
-    """Which gradients autograd asks for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """A decision of the planner; ``str(plan)`` is what ``explain`` prints."""
 
-    name: str  # score, frozen, stash or recompute
-    mm: int
+    name: str  # forward, frozen, store or recompute
+    passes: int
     groups: tuple[Group, ...]
-    scores: int
+    targets: int
     positions: int
-    kept_bytes: int  # E kept for the weight's product, of the largest group
+    stored_bytes: int  # E kept for the weight's product, of the largest group
     accumulator_bytes: int  # float32 sum of the weight's gradient over several groups
     scratch_bytes: int  # tiles that do not live in a cache, and copies of rows
-    room: int  # bytes of scratch the backend may hold
+    scratch_budget: int  # bytes of scratch the backend may hold
     reason: str
     backend: str
 
     @property
     def bytes(self) -> int:
         """Beyond inputs and returned gradients, without the tiles that stay in cache."""
-        return self.kept_bytes + self.accumulator_bytes + self.scratch_bytes
+        return self.stored_bytes + self.accumulator_bytes + self.scratch_bytes
 
     def __str__(self) -> str:
-        share = f"{self.scores / self.positions:.0%}" if self.positions else "0%"
-        chunks = f"{len(self.groups)} chunk" + ("" if len(self.groups) == 1 else "s")
+        share = f"{self.targets / self.positions:.0%}" if self.positions else "0%"
+        groups = f"{len(self.groups)} group" + ("" if len(self.groups) == 1 else "s")
+        passes = f"{self.passes} pass" + ("" if self.passes == 1 else "es")
         return (
-            f"plan {self.name} on backend {self.backend}: {self.mm} mm over {self.scores} scores "
-            f"({share} of {self.positions} positions), {chunks}, {self.bytes / 2**20:.0f} MiB beyond inputs and "
+            f"plan {self.name} on backend {self.backend}: {passes} over {self.targets} targets "
+            f"({share} of {self.positions} positions), {groups}, {self.bytes / 2**20:.0f} MiB beyond inputs and "
             f"gradients; {self.reason}"
         )
 
 
 def choose(
     needs: Needs,
-    pair_sizes: Sequence[int],
+    sizes: Sizes,
     *,
     vocab: int,
     features: int,
     dtype: torch.dtype,  # of hidden and weight
-    accumulates_in_place: bool,  # the returned gradient has the accumulation dtype and serves as its own accumulator
     workspace_bytes: int | None,
-    positions: int,
     backend: Backend,
+    splits: bool = True,  # whether pairs may be computed group by group
 ) -> Plan:
-    """Pick the plan with the fewest mm that keeps to the workspace.
+    """Pick the plan with the fewest passes that keeps to the workspace.
 
-    ``workspace_bytes=None`` allows 1 GiB and, on top, the place of one float32 copy of the weight, which several chunks
-    would need anyway; a number bounds everything the plan holds beyond inputs, returned gradients and tiles in cache.
+    ``workspace_bytes=None`` allows 1 GiB and, on top, the place of one float32 copy of the weight, which several groups
+    would need anyway; a number bounds everything the plan holds beyond inputs, returned gradients and tiles in cache, as
+    far as the backend's least scratch allows.
     """
-    scores = sum(pair_sizes)
-    whole = Group(0, len(pair_sizes), 0, scores)
-    accumulator = 0 if accumulates_in_place else 4 * vocab * features
+    everything = Group(0, len(sizes.pairs), 0, sizes.count)
+    # A returned gradient in the accumulation dtype serves as its own accumulator.
+    accumulator = 0 if grad_dtype(dtype) == acc_dtype(dtype) else 4 * vocab * features
     limit = DEFAULT_WORKSPACE + accumulator if workspace_bytes is None else workspace_bytes
-    column = vocab * backend.kept_itemsize(dtype)  # E of one score
-    least = backend.least_room
 
-    def plan(name: str, mm: int, reason: str, groups: tuple[Group, ...] = (whole,), kept: int = 0) -> Plan:
-        sums = accumulator if len(groups) > 1 else 0
-        room = max(limit - kept - sums, least) if kept else room_of(workspace_bytes, backend)
-        scratch = backend.scratch_bytes(kept // column if kept else scores, vocab, features, dtype, room, kept=kept > 0)
-        return Plan(name, mm, groups, scores, positions, kept, sums, scratch, room, reason, backend.name)
+    def plan(name: str, passes: int, reason: str, groups: tuple[Group, ...] = (everything,)) -> Plan:
+        store, sums = name == "store", accumulator if len(groups) > 1 else 0
+        budget = limit - sums if store else DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
+        largest = max(group.last - group.first for group in groups)
+        cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
+        room = max(budget - cost.stored, cost.scratch)
+        return Plan(
+            name, passes, groups, sizes.count, sizes.positions, cost.stored, sums, cost.scratch, room, reason,
+            backend.name,
+        )  # fmt: skip
+
+    def fits(n: int, budget: int) -> bool:
+        return sum(backend.cost(n, vocab, features, dtype, budget, store=True)) <= budget
 
     if not needs.hidden and not needs.head:
-        return plan("score", 1, "nothing needs a gradient")
+        return plan("forward", 1, "nothing needs a gradient")
     if not needs.head:
-        return plan("frozen", 2, "the head is frozen, so only hidden's product remains and no E is kept")
-    if scores * column + least <= limit:
-        return plan("stash", 3, "E of all pairs fits the workspace", kept=scores * column)
-    room = limit - accumulator - least
-    if max(pair_sizes) * column <= room:
-        groups = _whole_pairs(pair_sizes, room // column)
-        kept = max(group.last_score - group.first_score for group in groups) * column
-        return plan("stash", 3, f"E of {len(groups)} groups of whole pairs fits in turn", groups, kept)
+        return plan("frozen", 2, "the head is frozen, so only hidden's product remains and no E is stored")
+    if fits(sizes.count, limit):
+        return plan("store", 3, "E of all targets fits the workspace")
+    if splits and fits(max(sizes.pairs), limit - accumulator):
+        groups = _whole_pairs(sizes.pairs, lambda n: fits(n, limit - accumulator))
+        return plan("store", 3, f"E of {len(groups)} groups of whole pairs fits in turn", groups)
+    most, what = (max(sizes.pairs), "the longest pair") if splits else (sizes.count, "all targets")
+    need = sum(backend.cost(most, vocab, features, dtype, limit, store=True))
+    sums = f" and the accumulator ({accumulator / 2**20:.0f} MiB)" if splits and accumulator else ""
     return plan(
         "recompute",
         4,
-        f"E of the longest pair ({max(pair_sizes) * column / 2**20:.0f} MiB) and the accumulator "
-        f"({accumulator / 2**20:.0f} MiB) do not fit {limit / 2**20:.0f} MiB, so the weight's gradient is written "
-        "slice by slice from recomputed tiles",
+        f"E of {what} ({need / 2**20:.0f} MiB){sums} does not fit {limit / 2**20:.0f} MiB, so the weight's gradient is "
+        "written slice by slice from recomputed tiles",
     )
 
 
-def room_of(workspace_bytes: int | None, backend: Backend) -> int:
-    """Bytes of scratch for a pass that keeps no E: the workspace, or 1 GiB, and what the backend needs anyway."""
-    return max(DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes, backend.least_room)
-
-
-def _whole_pairs(sizes: Sequence[int], most: int) -> tuple[Group, ...]:
-    """Runs of whole pairs of at most ``most`` scores, each as long as it can be."""
+def _whole_pairs(sizes: Sequence[int], fits: Callable[[int], bool]) -> tuple[Group, ...]:
+    """Runs of whole pairs that fit, each as long as it can be."""
     groups: list[Group] = []
-    first_pair = first_score = score = 0
+    first_pair = first = last = 0
     for pair, size in enumerate(sizes):
-        if score > first_score and score - first_score + size > most:
-            groups.append(Group(first_pair, pair, first_score, score))
-            first_pair, first_score = pair, score
-        score += size
-    groups.append(Group(first_pair, len(sizes), first_score, score))
+        if last > first and not fits(last - first + size):
+            groups.append(Group(first_pair, pair, first, last))
+            first_pair, first = pair, last
+        last += size
+    groups.append(Group(first_pair, len(sizes), first, last))
     return tuple(groups)

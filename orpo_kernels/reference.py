@@ -7,11 +7,14 @@ own error is the yardstick. Nothing else writes these formulas down again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.objective import CHOSEN_BOUND, REJECTED_BOUND, log1mexp
+from orpo_kernels.objectives import CHOSEN_BOUND, REJECTED_BOUND, PairLogps, log_odds
 
 
 def logits(
@@ -60,23 +63,39 @@ def _pick(z: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(kept, logps.squeeze(-1), 0.0)
 
 
-def orpo_loss(
+def odds_ratio(beta: float = 0.1) -> Callable[[PairLogps], Tensor]:
+    """ORPO's objective as ordinary torch: ``beta * softplus(-log_odds)``, differentiated by autograd."""
+
+    def bounded(value: Tensor, bound: float) -> Tensor:
+        """The bound moves the value and leaves the derivative there, so a confident model still feels the loss."""
+        return torch.where(value > bound, bound + value - value.detach(), value)
+
+    def losses(pairs: PairLogps) -> Tensor:
+        odds = log_odds(bounded(pairs.chosen_mean, CHOSEN_BOUND), bounded(pairs.rejected_mean, REJECTED_BOUND))
+        return beta * F.softplus(-odds)
+
+    return losses
+
+
+def preference_loss(
     hidden: Tensor,  # [2P, T, H], chosen first
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [2P, T]
+    objective: Callable[[PairLogps], Tensor],
     *,
     nll_labels: Tensor | None = None,
+    reference_logps: Tensor | None = None,
+    margins: Tensor | None = None,
     bias: Tensor | None = None,
-    beta: float = 0.1,
-    nll_weight: float = 1.0,
+    nll_weight: float = 0.0,
     nll_reduction: str = "token",
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-) -> dict[str, Tensor]:
-    """The fields of ``orpo_kernels.OrpoOutput`` under their names, from padded input, as plain differentiable torch.
+) -> dict[str, Any]:
+    """The fields of ``orpo_kernels.PreferenceOutput`` that are no objective's own, as plain differentiable torch.
 
-    ``L = nll_weight * NLL + beta * mean_p softplus(-log_odds_p)``, see ``orpo_kernels.orpo_loss``.
+    ``L = nll_weight * NLL + mean_p objective(pair p)`` from padded input, see ``orpo_kernels.preference_loss``.
     """
     pairs = hidden.shape[0] // 2
 
@@ -86,10 +105,15 @@ def orpo_loss(
         z = torch.log_softmax(z.float(), -1)
 
     in_answer = labels != ignore_index
-    logps = _pick(z, labels, ignore_index)
+    sums = _pick(z, labels, ignore_index).sum(-1)
     counts = in_answer.sum(-1)
-    means = logps.sum(-1) / counts.clamp(min=1)
-    chosen, rejected = means[:pairs], means[pairs:]
+    reference = (None, None) if reference_logps is None else reference_logps.to(sums.dtype).view(2, -1)
+    known = PairLogps(
+        *sums.view(2, -1),
+        *counts.to(sums.dtype).view(2, -1),
+        *reference,
+        None if margins is None else margins.to(sums.dtype),
+    )
 
     nll_targets = (labels if nll_labels is None else nll_labels)[:pairs]
     nll_logps = _pick(z[:pairs], nll_targets, ignore_index)
@@ -99,36 +123,57 @@ def orpo_loss(
     else:
         nll = -(nll_logps.sum(-1) / nll_counts.clamp(min=1)).sum() / (nll_counts > 0).sum().clamp(min=1)
 
-    def bounded(value: Tensor, bound: float) -> Tensor:
-        """The bound moves the value and leaves the derivative there, so a confident model still feels the loss."""
-        return value + (value.clamp(max=bound) - value).detach()
-
-    l_w, l_l = bounded(chosen, CHOSEN_BOUND), bounded(rejected, REJECTED_BOUND)
-    log_odds = (l_w - l_l) - (log1mexp(l_w) - log1mexp(l_l))
     valid = (counts[:pairs] > 0) & (counts[pairs:] > 0)
-    n_valid = valid.sum().clamp(min=1)
-
-    def mean(per_pair: Tensor) -> Tensor:
-        return torch.where(valid, per_pair, 0.0).sum() / n_valid
-
-    odds_loss = beta * mean(F.softplus(-log_odds))
-    scored = in_answer.long()  # scores of each position: two where the NLL names another target than the answer
-    scored[:pairs] += (nll_targets != ignore_index) & ~(in_answer[:pairs] & (nll_targets == labels[:pairs]))
+    mean = torch.where(valid, objective(known), 0.0).sum() / valid.sum().clamp(min=1)
+    targets = in_answer.long()  # of each position: two where the NLL names another token than the answer
+    targets[:pairs] += (nll_targets != ignore_index) & ~(in_answer[:pairs] & (nll_targets == labels[:pairs]))
 
     def side_mean(side: slice) -> Tensor:
-        return (logit_means[side] * scored[side]).sum() / scored[side].sum().clamp(min=1)
+        there = torch.where(targets[side] > 0, logit_means[side] * targets[side], 0)
+        return there.sum() / targets[side].sum().clamp(min=1)
 
     return {
-        "loss": nll_weight * nll + odds_loss,
+        "loss": nll_weight * nll + mean,
         "nll_loss": nll,
-        "odds_ratio_loss": odds_loss,
-        "chosen_logps": chosen,
-        "rejected_logps": rejected,
-        "chosen_rewards": beta * chosen,
-        "rejected_rewards": beta * rejected,
-        "log_odds_ratio": mean(F.logsigmoid(log_odds)),
-        "log_odds_chosen": mean(log_odds),
+        "objective_loss": mean,
+        "pairs": known,
         "chosen_logits_mean": side_mean(slice(0, pairs)),
         "rejected_logits_mean": side_mean(slice(pairs, None)),
-        "skipped_pairs": pairs - valid.sum(),
+        "valid": valid,
+    }
+
+
+def orpo_loss(
+    hidden: Tensor,  # [2P, T, H], chosen first
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [2P, T]
+    *,
+    beta: float = 0.1,
+    nll_weight: float = 1.0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The fields of ``orpo_kernels.OrpoOutput``, from padded input, as plain differentiable torch.
+
+    ``L = nll_weight * NLL + beta * mean_p softplus(-log_odds_p)``; ``options`` are those of ``preference_loss``.
+    """
+    out = preference_loss(hidden, weight, labels, odds_ratio(beta), nll_weight=nll_weight, **options)
+    known, valid = out["pairs"], out["valid"]
+    odds = log_odds(known.chosen_mean.clamp(max=CHOSEN_BOUND), known.rejected_mean.clamp(max=REJECTED_BOUND))
+
+    def mean(per_pair: Tensor) -> Tensor:
+        return torch.where(valid, per_pair, 0.0).sum() / valid.sum().clamp(min=1)
+
+    return {
+        "loss": out["loss"],
+        "nll_loss": out["nll_loss"],
+        "odds_ratio_loss": out["objective_loss"],
+        "chosen_logps": known.chosen_mean,
+        "rejected_logps": known.rejected_mean,
+        "chosen_rewards": beta * known.chosen_mean,
+        "rejected_rewards": beta * known.rejected_mean,
+        "log_odds_ratio": mean(F.logsigmoid(odds)),
+        "log_odds_chosen": mean(odds),
+        "chosen_logits_mean": out["chosen_logits_mean"],
+        "rejected_logits_mean": out["rejected_logits_mean"],
+        "skipped_pairs": (~valid).sum(),
     }

@@ -74,7 +74,7 @@ def test_any_shape_and_any_chunking(
         softcap=softcap, bias=bias,
     )  # fmt: skip
     # Small tiles and chunks, so that small inputs have many of each.
-    with mock.patch.object(torch_backend, "TILE_ROWS", (64, 64)), mock.patch.object(torch_backend, "STREAM_ROWS", 7):
+    with mock.patch.object(torch_backend, "TILE_ROWS", (64, 64)), mock.patch.object(torch_backend, "CHUNK_ROWS", (7, 7)):
         check(case, backend="torch", workspace_bytes=workspace)
 
 
@@ -89,7 +89,7 @@ def test_every_plan_gives_the_same_result(backend: str, dtype: torch.dtype) -> N
             plan = explain(case.hidden, case.weight, case.labels, bias=case.bias, **options)
             plans[plan.name, len(plan.groups) > 1] = None
             check(case, **options)
-    assert set(plans) == {("stash", False), ("stash", True), ("recompute", False)}
+    assert set(plans) == {("store", False), ("store", True), ("recompute", False)}
 
 
 def test_packed_is_padded() -> None:
@@ -177,7 +177,7 @@ def test_only_the_gradients_asked_for(matters: tuple[str, ...], backend: str) ->
     for name, tensor in case.tensors.items():
         tensor.requires_grad_(name in matters)
     plan = explain(case.hidden, case.weight, case.labels, bias=case.bias)
-    assert plan.name == {(): "score", ("hidden",): "frozen"}.get(matters, "stash")
+    assert plan.name == {(): "forward", ("hidden",): "frozen"}.get(matters, "store")
     if matters:
         check(case, backend=backend)
     else:

@@ -1,19 +1,20 @@
-"""Backends: what computes E, its sums and its two products. The engine and the plans know only ``Backend``.
+"""Backends: what computes E, its sums and its two products. The engine and the planner know only ``Backend``.
 
 A backend says in one place why it cannot take a call; ``select`` takes the first that has no such reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.objective import PairTerms
-from orpo_kernels.pairs import PairTable
-from orpo_kernels.scores import Columns, Head, Scores
+from orpo_kernels import targets
+from orpo_kernels.objectives import Objective, PairLogps, PairTerms, terms_of
+from orpo_kernels.settings import Head
+from orpo_kernels.targets import ANSWER, NLL, Columns, Pairs
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,142 +22,172 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Forward(NamedTuple):
-    """Scores after the first product. Tensors of ``[n]`` have the accumulation dtype."""
-
-    logps: Tensor  # [n] nats
-    shift: Tensor  # [n], what each row's logits were shifted by
-    inverse: Tensor  # [n], r = 1 / (exp(z_y - shift) + S), S = sum of exp(z - shift) over v != y
-    entry: Tensor  # [n], what stands at the label's place in E: -S, times the softcap's slope at the label
-    unit: Tensor | None  # the backend's own form of d logp / d hidden, where asked for and not to be had from exps
-    exps: Tensor | None  # backend's own layout of E, where asked for
-    logit_means: Tensor | None  # [n] mean over V of a row's capped logits but for the bias's, where asked for
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 gradients underflow before a loss scale is applied, so they wait for it in float32."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
-class Backend(Protocol):
-    """What the engine calls. ``n`` scores, ``H`` features, ``V`` tokens.
+class Grads(NamedTuple):
+    """Where gradients are written, in ``grad_dtype`` or a wider one; None where none is asked for."""
 
-    ``hidden [rows, H]`` comes whole; ``rows [n]`` says which of its rows the scores ``targets [n]`` belong to.
-    ``room`` is how many bytes of scratch a call may hold beside inputs, kept E and results.
+    hidden: Tensor | None  # [rows, H], 0 where no target is
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Part(NamedTuple):
+    """Some targets of a call."""
+
+    hidden: Tensor  # [rows, H], all of it
+    rows: Tensor  # [n], which of its rows the targets belong to
+    ids: Tensor  # [n], token ids
+    head: Head
+    scratch: int  # bytes a pass may hold beside its inputs, a stored E and its results
+    shared_rows: bool = False  # a row may carry two targets, of this part or of another
+    logit_means: bool = False  # whether ``Found.logit_means`` is wanted
+    mean_weight: Tensor | None = None  # [H], the head's mean row: without a softcap it gives the mean logits
+
+
+class Found(NamedTuple):
+    """What the first product yields."""
+
+    logps: Tensor  # [n] nats, accumulation dtype
+    logit_means: Tensor | None  # [n], mean over V of a row's capped logits; without a softcap, less the bias's
+    state: Any  # what the backend's own backward needs, E among it where it is stored
+
+
+class Cost(NamedTuple):
+    """Bytes that a pass over some targets holds beside inputs and results, but for tiles that live in a cache."""
+
+    stored: int  # E
+    scratch: int
+
+
+class PairTable(NamedTuple):
+    """What a run of G pairs comes to. ``values`` has a row for each of ``ROWS``, then the loss and the metrics.
+
+    From ``nll`` on a row carries its share of the batch's mean, so that its sum over all pairs is that mean.
+    """
+
+    values: Tensor  # [len(ROWS) + 1 + metrics, G]
+    g: Tensor  # [n], d loss / d logp of each target
+
+    ROWS = (
+        "chosen_sum", "rejected_sum", "chosen_length", "rejected_length",
+        "nll", "chosen_logits", "rejected_logits",
+    )  # fmt: skip
+
+
+class Backend(ABC):
+    """What computes a part. A new backend writes four methods; the others have defaults in plain torch to be fused.
+
+    ``n`` targets, ``H`` features, ``V`` tokens. E is the matrix of shifted exponentials of the logits.
     """
 
     name: str
     tuned_for: str  # the device type on which "auto" prefers it
-    least_room: int  # bytes of scratch it needs beside a kept E
 
+    @abstractmethod
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take such inputs, as a sentence, or None."""
-        ...
 
-    def kept_itemsize(self, dtype: torch.dtype) -> int:
-        """Bytes of one entry of a kept E for inputs of ``dtype``."""
-        ...
+    @abstractmethod
+    def cost(self, n: int, vocab: int, features: int, dtype: torch.dtype, budget: int, *, store: bool) -> Cost:
+        """What a pass over n targets holds when it may hold ``budget`` bytes in all, and keeps to as far as it can."""
 
-    def count_scores(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
-        """``scores.count_scores``."""
-        ...
+    @abstractmethod
+    def forward(self, part: Part, into: Grads, *, store: bool) -> Found:
+        """Log-probabilities of the part's targets.
 
-    def compact_scores(
-        self,
-        labels: Tensor,
-        nll_labels: Tensor,
-        offsets: Tensor,
-        table: Tensor,
-        count: int,
-        ignore_index: int,
-        by_sequence: bool,
-        dtype: torch.dtype,
+        With ``store`` E stays in ``state`` for ``backward``. Where ``into.hidden`` is given, d logp / d hidden is formed
+        here or there, as the backend likes; it may wait in ``into.hidden``, in the rows of the part.
+        """
+
+    @abstractmethod
+    def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
+        """Write the gradients for ``g [n] = d loss / d logp`` to ``into``; called once for each ``found``.
+
+        With ``accumulate`` the head's gradients are added to what is there. Other parts' rows of ``into.hidden`` are left
+        alone, and added to where rows are shared. An E that was not stored is computed again for the head.
+        """
+
+    # Plain torch, which a backend may fuse.
+
+    def count(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+        """``targets.count``."""
+        return targets.count(labels, nll_labels, offsets, ignore_index)
+
+    def compact(
+        self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, size: int, ignore_index: int
     ) -> Columns:
-        """``scores.compact_scores``."""
-        ...
+        """``targets.compact``."""
+        return targets.compact(labels, nll_labels, offsets, table, size, ignore_index)
 
-    def rows_at_once(self, features: int, room: int) -> int:
-        """Scores of one ``forward`` that keeps no E."""
-        ...
+    def pair_terms(self, found: Found, pairs: Pairs, given: GivenPairs) -> PairTable:
+        """From log-probabilities to what each pair adds to the loss, and back to a coefficient for each target."""
+        acc = found.logps.dtype
+        lengths = pairs.per_pair(0).to(acc)
+        valid = (lengths > 0).all(1)
+        sums = pairs.sums(found.logps, ANSWER)
+        assert found.logit_means is not None  # asked for
+        logits = [
+            total / max(count, 1)
+            for total, count in zip(pairs.sums(found.logit_means, 0).unbind(1), pairs.sizes.sides, strict=True)
+        ]
+        chunk = slice(pairs.first, pairs.last)
+        known = PairLogps(
+            *sums.unbind(1),
+            *lengths.unbind(1),
+            *(None if value is None else value[chunk] for value in given.tensors),
+        )
+        terms = terms_of(given.objective, known, valid, differentiate=given.differentiate)
+        share = valid.to(acc) / max(pairs.sizes.valid, 1)
+        nll_share = pairs.nll_share(given.by_sequence, acc)
+        nll = -(pairs.sums(found.logps, NLL) * nll_share).sum(1)
+        weighted = [value * share for value in (terms.loss, *terms.metrics)]
+        return PairTable(
+            values=torch.stack([*sums.unbind(1), *lengths.unbind(1), nll, *logits, *weighted]),
+            g=pairs.spread(_columns(terms) * share[:, None], -given.nll_weight * nll_share),
+        )
 
-    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int, *, kept: bool) -> int:
-        """What a pass over n scores holds beside a ``kept`` E, or without one, but for tiles that live in a cache."""
-        ...
-
-    def forward(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        *,
-        keep: bool,
-        unit: bool,
-        logit_means: bool,
-        centre: Tensor | None,
-        room: int,
-    ) -> Forward:
-        """Log-probabilities of ``targets``, and what the backward needs.
-
-        ``keep`` asks for E, ``unit`` for what ``grad_hidden`` needs. ``logit_means`` are ``scale * h . centre`` with
-        ``centre = mean(W)``; under a softcap, where no product gives them, they come from the tiles, biases included.
-        """
-        ...
-
-    def pair_table(
-        self,
-        logps: Tensor,
-        logit_means: Tensor,
-        scores: Scores,
-        pairs: slice,
-        part: slice,
-        objective: Callable[[Tensor, Tensor], PairTerms],
-        nll_weight: float,
-    ) -> PairTable:
-        """``pairs.pair_table``."""
-        ...
-
-    def grad_hidden(
-        self,
-        result: Forward,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        grad_logps: Tensor | None,
-        out: Tensor,
-        *,
-        shared: bool,
-        room: int,
-    ) -> None:
-        """``out[rows] = grad_logps * d logp / d hidden`` (added, if rows are ``shared``), once; None means ones."""
-        ...
-
-    def scale_rows(self, out: Tensor, rows: Tensor, factors: Tensor) -> None:
-        """``out[rows] *= factors`` in place; rows differ."""
-        ...
-
-    def grad_head(
-        self,
-        result: Forward,
-        hidden: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        grad_logps: Tensor,
-        grad_weight: Tensor | None,
-        grad_bias: Tensor | None,
-        *,
-        accumulate: bool,
-        room: int,
-    ) -> None:
-        """Write (or add, with ``accumulate``) the head's gradients for ``grad_logps [n]``.
-
-        Uses ``result.exps`` if kept, for the last time, and computes E again tile by tile if not.
-        """
-        ...
+    def mean_weight(self, weight: Tensor) -> Tensor:
+        """Mean over the vocabulary of ``weight [V, H]``, ``[H]`` in the accumulation dtype."""
+        return weight.mean(0, dtype=acc_dtype(weight.dtype))
 
     def scale(self, values: Tensor, by: Tensor) -> None:
-        """``values *= by`` in place for a scalar ``by``, at no cost where that is 1."""
-        ...
+        """``values *= by`` in place for a scalar ``by``, at no cost where that is 1, if the host can know."""
+        if by.device.type != "cpu" or float(by) != 1.0:
+            values.mul_(by)
 
-    def column_mean(self, weight: Tensor) -> Tensor:
-        """Mean over the vocabulary of ``weight [V, H]``, ``[H]`` in the accumulation dtype."""
-        ...
+
+class GivenPairs(NamedTuple):
+    """What the loss over pairs is told beside the log-probabilities."""
+
+    objective: Objective
+    nll_weight: float
+    by_sequence: bool  # the NLL is a mean over sequences of their means
+    differentiate: bool
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)  # the last three of PairLogps
+
+
+def _columns(terms: PairTerms) -> Tensor:
+    return torch.stack([terms.d_chosen_sum, terms.d_rejected_sum], 1)
+
+
+def finalize(label: Tensor, shift: Tensor, sum_exp: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """From S to log-probabilities, ``inv_denom = 1 / (a + S)`` and the label's entry of E, all ``[n]``.
+
+    ``a = exp(label - shift)``; the entry is ``-S`` times the cap's slope at the label.
+    """
+    distance = label - shift
+    # Above -30 the label's own form keeps relative precision as p -> 1; far below, exp(-distance) would overflow where
+    # the plain log-sum-exp has nothing to lose.
+    logps = torch.where(
+        distance > -30,
+        -torch.log1p(sum_exp * torch.exp(-distance.clamp(min=-30))),
+        distance - torch.log(torch.exp(distance) + sum_exp.clamp(min=torch.finfo(sum_exp.dtype).tiny)),
+    )
+    return logps, 1 / (torch.exp(distance) + sum_exp), -sum_exp * slope
 
 
 def available() -> tuple[Backend, ...]:

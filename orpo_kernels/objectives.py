@@ -1,0 +1,258 @@
+"""Objectives: from the log-probabilities of pairs to a loss for each pair.
+
+An objective is any callable on ``PairLogps`` that returns the losses ``[P]``, in ordinary torch: their derivatives come
+from autograd on the ``[P]`` vectors. It may return ``PairTerms`` instead, with derivatives in closed form, where
+autograd's would not be finite, and with figures to be averaged beside the loss. Pairs are computed in groups where
+memory asks for it, so the loss of a pair must not depend on other pairs, unless ``couples_pairs = True`` says so.
+
+Optional attributes of an objective:
+
+    nll_weight       weight of the NLL where the caller names none; 0 without the attribute
+    couples_pairs    True: a pair's loss depends on others, so all pairs are computed at once
+    metric_names     names of the ``metrics`` of its terms; the output holds their means over the pairs that count
+    rewards(pairs)   chosen and rejected rewards ``[P]``; without it the sums, less the reference's where there is one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_kernels.settings import number
+
+# The gradient of the rejected side goes as 1 / (1 - p) and truly diverges as p -> 1, so l is held at or below -1e-6.
+# The chosen side needs a bound only so that log(1 - p) stays finite when p rounds to 1.
+REJECTED_BOUND = -1e-6
+CHOSEN_BOUND = -torch.finfo(torch.float32).tiny
+
+
+class PairLogps(NamedTuple):
+    """What is known of P pairs: all ``[P]``, float32 (float64 for float64 inputs), log-probabilities in nats."""
+
+    chosen_sum: Tensor  # over the answer's tokens
+    rejected_sum: Tensor
+    chosen_length: Tensor  # tokens of the answer
+    rejected_length: Tensor
+    reference_chosen: Tensor | None = None  # the reference model's sums
+    reference_rejected: Tensor | None = None
+    margins: Tensor | None = None
+
+    @property
+    def chosen_mean(self) -> Tensor:
+        """``chosen_sum / chosen_length``, 0 for an answer without a token."""
+        return self.chosen_sum / self.chosen_length.clamp(min=1)
+
+    @property
+    def rejected_mean(self) -> Tensor:
+        return self.rejected_sum / self.rejected_length.clamp(min=1)
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """The reference model's sums, chosen and rejected.
+
+        Raises:
+            ValueError: the caller gave none.
+        """
+        if self.reference_chosen is None or self.reference_rejected is None:
+            raise ValueError(
+                "this objective needs reference_logps, [2P] sums of the reference model's log-probabilities over the "
+                "answers, chosen first: compute them without gradient with linear_logprobs(...).sum(-1)"
+            )
+        return self.reference_chosen, self.reference_rejected
+
+
+class PairTerms(NamedTuple):
+    """Losses with their derivatives, all ``[P]``."""
+
+    loss: Tensor
+    d_chosen_sum: Tensor  # d loss / d chosen_sum
+    d_rejected_sum: Tensor
+    metrics: tuple[Tensor, ...] = ()  # [P] each, in the order of the objective's metric_names
+
+
+Objective = Callable[[PairLogps], Tensor | PairTerms]
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for x < 0, by whichever form does not cancel (Maechler 2012).
+
+    Each form sees only its own side of the switch, so that autograd's zero times infinity never arises.
+    """
+    switch = -0.6931
+    near, far = x.clamp(min=switch), x.clamp(max=switch)
+    return torch.where(x > switch, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
+
+
+def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``(l_w - l_l) - (log1mexp(l_w) - log1mexp(l_l))`` of mean log-probabilities below 0."""
+    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+
+
+@dataclass(frozen=True)
+class ORPO:
+    """``beta * softplus(-log_odds)`` of the mean log-probabilities, beside the NLL.
+
+    Source: arXiv 2403.07691, equations 6 and 7 (beta is its lambda). Derivatives in closed form, with p = exp(l) and
+    o = p / (1 - p):
+
+        d/dl_w = -beta * o_l / (o_l (1 - p_w) + p_w)         finite for every p_w
+        d/dl_l =  beta * sigmoid(-log_odds) / (1 - p_l)      bounded by l_l <= -1e-6
+    """
+
+    beta: float = 0.1
+    nll_weight: ClassVar[float] = 1.0
+    metric_names: ClassVar[tuple[str, ...]] = ("log_odds_ratio", "log_odds_chosen")  # logsigmoid(log_odds), log_odds
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    def __call__(self, pairs: PairLogps) -> PairTerms:
+        """The terms of each pair."""
+        chosen = pairs.chosen_mean.clamp(max=CHOSEN_BOUND)
+        rejected = pairs.rejected_mean.clamp(max=REJECTED_BOUND)
+        odds = log_odds(chosen, rejected)
+        p_chosen, p_rejected = chosen.exp(), rejected.exp()
+        # o_l / (o_l (1 - p_w) + p_w) with both sides multiplied by 1 - p_l. Where both probabilities underflow the
+        # limit is that of o_l / (o_l + o_w) = sigmoid(-log_odds), which needs neither.
+        spread = p_rejected * -torch.expm1(chosen) + p_chosen * -torch.expm1(rejected)
+        tiny = torch.finfo(spread.dtype).tiny
+        toward = torch.where(spread > 1e3 * tiny, p_rejected / spread.clamp(min=tiny), torch.sigmoid(-odds))
+        return PairTerms(
+            loss=self.beta * F.softplus(-odds),
+            d_chosen_sum=-self.beta * toward / pairs.chosen_length.clamp(min=1),
+            d_rejected_sum=self.beta
+            * torch.sigmoid(-odds)
+            / -torch.expm1(rejected)
+            / pairs.rejected_length.clamp(min=1),
+            metrics=(F.logsigmoid(odds), odds),
+        )
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        return self.beta * pairs.chosen_mean, self.beta * pairs.rejected_mean
+
+
+@dataclass(frozen=True)
+class SimPO:
+    """``-logsigmoid(beta * (l_w - l_l) - gamma)`` of the mean log-probabilities, without a reference model.
+
+    Source: arXiv 2405.14734, equation 6; gamma is the target margin itself, not its ratio to beta.
+    """
+
+    beta: float = 2.0
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        return -F.logsigmoid(self.beta * (pairs.chosen_mean - pairs.rejected_mean) - self.gamma)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        return self.beta * pairs.chosen_mean, self.beta * pairs.rejected_mean
+
+
+@dataclass(frozen=True)
+class DPO:
+    """``-(1 - s) logsigmoid(beta d) - s logsigmoid(-beta d)``, with s the label smoothing.
+
+    ``d = (chosen_sum - reference_chosen) - (rejected_sum - reference_rejected)``; needs ``reference_logps``.
+
+    Source: arXiv 2305.18290, equation 7; label smoothing (s < 0.5) as in its conservative form,
+    https://ericmitchell.ai/cdpo.pdf, equation 3.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.label_smoothing >= 0.5:
+            raise ValueError(f"label_smoothing must be below 0.5, got {self.label_smoothing}")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair.
+
+        Raises:
+            ValueError: the caller gave no reference_logps.
+        """
+        chosen, rejected = self.rewards(pairs)
+        margin, smoothing = chosen - rejected, self.label_smoothing
+        return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        chosen, rejected = pairs.reference()
+        return self.beta * (pairs.chosen_sum - chosen), self.beta * (pairs.rejected_sum - rejected)
+
+
+def _check_numbers(objective: Any) -> None:
+    """Every field a finite number that is not negative; inside a compiled graph the operator asks again."""
+    if not torch.compiler.is_compiling():
+        for field in fields(objective):
+            number(field.name, getattr(objective, field.name))
+
+
+def metric_names(objective: Any) -> tuple[str, ...]:
+    """What an objective reports beside its losses."""
+    names: tuple[str, ...] = getattr(objective, "metric_names", ())
+    return names
+
+
+def terms_of(objective: Objective, pairs: PairLogps, valid: Tensor, *, differentiate: bool) -> PairTerms:
+    """``objective(pairs)`` with derivatives, 0 for pairs that are not ``valid [P]``, checked for its form.
+
+    Raises:
+        TypeError: the objective returned neither losses nor terms.
+        ValueError: the losses are not ``[P]``, do not depend on the log-probabilities, or metrics have no names.
+    """
+    sums = pairs[:2]
+    with torch.set_grad_enabled(differentiate):
+        if differentiate:
+            sums = (sums[0].detach().requires_grad_(), sums[1].detach().requires_grad_())
+        found = objective(pairs._replace(chosen_sum=sums[0], rejected_sum=sums[1]))
+        total = _total(found, valid)
+    loss = found.loss if isinstance(found, PairTerms) else found
+    if isinstance(found, PairTerms):
+        d_sums: tuple[Tensor, ...] = (found.d_chosen_sum, found.d_rejected_sum)
+    elif not differentiate:
+        d_sums = (torch.zeros_like(loss), torch.zeros_like(loss))
+    elif not total.requires_grad:
+        raise ValueError(
+            "the objective's losses do not depend on chosen_sum, rejected_sum or their means in a way that autograd "
+            "follows: keep to torch operations, without detach"
+        )
+    else:
+        found_grads = torch.autograd.grad(total, sums, allow_unused=True)
+        d_sums = tuple(torch.zeros_like(loss) if grad is None else grad for grad in found_grads)
+    metrics = found.metrics if isinstance(found, PairTerms) else ()
+    if len(metrics) != len(metric_names(objective)):
+        raise ValueError(
+            f"objective names {len(metric_names(objective))} metrics in metric_names but returned {len(metrics)}"
+        )
+
+    def kept(value: Tensor) -> Tensor:
+        """A pair without an answer has no term, whatever the objective makes of it."""
+        return torch.where(valid, value.detach(), 0).to(pairs.chosen_sum.dtype)
+
+    return PairTerms(kept(loss), kept(d_sums[0]), kept(d_sums[1]), tuple(kept(value) for value in metrics))
+
+
+def _total(found: Any, valid: Tensor) -> Tensor:
+    """The sum of the losses that count.
+
+    Raises:
+        TypeError, ValueError: as ``terms_of``.
+    """
+    loss = found.loss if isinstance(found, PairTerms) else found
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"objective must return a tensor of losses or PairTerms, got {type(loss).__name__}")
+    if loss.shape != valid.shape:
+        raise ValueError(
+            f"objective must return one loss for each of the {valid.numel()} pairs, got shape {list(loss.shape)}: "
+            "do not take their mean"
+        )
+    return torch.where(valid, loss, 0).sum()

@@ -1,0 +1,151 @@
+"""What a call is made of: every keyword of the public functions once, with what it means and its check.
+
+``Head`` and ``Batch`` hold tensors, ``Settings`` everything else; their field names are the keywords' names. A new
+keyword is a field here, a line in its check, and the parameter of the function that takes it.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """The map from hidden states to logits: ``z = cap(logit_scale * (hidden @ weight.T + bias))``."""
+
+    weight: Tensor  # [V, H], as nn.Linear has it
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0  # factor on the logits, positive
+    softcap: float | None = None  # cap(z) = softcap * tanh(z / softcap), or None for no cap
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[1]
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """``softcap * tanh(logits / softcap)``, or the logits themselves without a softcap."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, capped: Tensor) -> Tensor | float:
+        """``d cap(z) / dz`` at a capped logit: ``1 - (capped / softcap)^2``."""
+        return 1.0 if self.softcap is None else 1 - (capped / self.softcap) ** 2
+
+    def detached(self) -> Head:
+        """The same head, unknown to autograd."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+
+class Batch(NamedTuple):
+    """Tensors of a call that autograd does not track."""
+
+    labels: Tensor  # [2P, T] or packed [N]: the token that each hidden row predicts, ignore_index where it is no answer
+    nll_labels: Tensor | None = None  # [P, T] or the shape of labels; None takes the chosen side of labels
+    cu_seqlens: Tensor | None = None  # [2P + 1], offsets of packed sequences, chosen first
+    reference_logps: Tensor | None = None  # [2P], a reference model's sums over the answers, chosen first, nats
+    margins: Tensor | None = None  # [P], a number for each pair that the objective may use
+
+
+class Settings(NamedTuple):
+    """Everything of a call that is no tensor."""
+
+    objective: Any = None  # an objectives.Objective; None for log-probabilities alone
+    nll_weight: float | None = None  # weight of the NLL; None takes the objective's own
+    nll_reduction: str = "token"  # mean over all NLL tokens, or "sequence": mean over sequences of their means
+    ignore_index: int = -100  # the label of positions that do not count
+    backend: str = "auto"  # or a backend's name
+    workspace_bytes: int | None = None  # bound on what is held beyond inputs and returned gradients
+
+    @property
+    def weight_of_nll(self) -> float:
+        """``nll_weight``, or the objective's own: 1 for ORPO, 0 for an objective that names none."""
+        return float(getattr(self.objective, "nll_weight", 0.0) if self.nll_weight is None else self.nll_weight)
+
+
+class Needs(NamedTuple):
+    """Which gradients autograd asks for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+    @staticmethod
+    def of(hidden: Tensor, head: Head) -> Needs:
+        """What the tensors ask for now."""
+        if not torch.is_grad_enabled():
+            return Needs(False, False, False)
+        bias = head.bias
+        return Needs(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad)
+
+
+def number(name: str, value: Any, *, least: float = 0.0, above: bool = False) -> float:
+    """A finite number of at least ``least`` (more than it, if ``above``), as a float.
+
+    Raises:
+        TypeError: not a number; a tensor would be detached without a word.
+        ValueError: out of range, infinite or NaN.
+    """
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, got a tensor, whose gradient would be lost: pass float({name}), and to train it "
+            "multiply hidden by it"
+        )
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value) or value < least or (above and value == least):
+        if least != 0:
+            raise ValueError(f"{name} must be finite and {'above' if above else 'at least'} {least}, got {value}")
+        raise ValueError(f"{name} must be finite and {'positive' if above else 'not negative'}, got {value}")
+    return value
+
+
+def checked_head(head: Head) -> Head:
+    """The head with its numbers checked; its tensors are ``checks.check_tensors``'s.
+
+    Raises:
+        TypeError, ValueError: as ``number``.
+    """
+    softcap = head.softcap
+    if softcap is not None:
+        try:
+            softcap = number("softcap", softcap, above=True)
+        except ValueError as error:
+            raise ValueError(f"softcap must be finite and positive, or None for no softcap, got {softcap}") from error
+    return head._replace(logit_scale=number("logit_scale", head.logit_scale, above=True), softcap=softcap)
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings, each checked.
+
+    Raises:
+        TypeError, ValueError: a setting that cannot be right; the message names it.
+    """
+    if settings.objective is not None and not callable(settings.objective):
+        raise TypeError(
+            "objective must be callable on PairLogps, as orpo_kernels.objectives.ORPO(beta=0.1) is, got "
+            f"{type(settings.objective).__name__}"
+        )
+    if settings.nll_weight is not None:
+        settings = settings._replace(nll_weight=number("nll_weight", settings.nll_weight))
+    if settings.nll_reduction not in ("token", "sequence"):
+        raise ValueError(f"nll_reduction must be 'token' or 'sequence', got {settings.nll_reduction!r}")
+    if isinstance(settings.ignore_index, bool) or not isinstance(settings.ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an integer, as -100, got {type(settings.ignore_index).__name__}")
+    most = settings.workspace_bytes
+    if most is not None and (isinstance(most, bool) or not isinstance(most, Integral) or most <= 0):
+        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {most!r}")
+    return settings._replace(
+        ignore_index=int(settings.ignore_index), workspace_bytes=None if most is None else int(most)
+    )

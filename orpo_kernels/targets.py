@@ -1,0 +1,252 @@
+"""What has to be computed: targets, not positions.
+
+A target is one (hidden row, token id) that counts in the NLL, in its answer's log-probability, or in both. Padding, the
+rejected side's prompt and the last position are no targets and never meet the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ANSWER, NLL = 1, 2  # bits of a target's kind
+
+
+class Counts(NamedTuple):
+    """Columns of the table ``[2P, 8]`` int64 that says how many of what each sequence holds."""
+
+    answers: int
+    nlls: int
+    first: int  # positions that are a target
+    separate: int  # of these, how many are two: the NLL names another token than the answer
+    low: int  # smallest and largest label that counts, and 0
+    high: int
+    nll_low: int
+    nll_high: int
+
+
+class Columns(NamedTuple):
+    """The targets of pairs, pair by pair and within a pair chosen before rejected."""
+
+    rows: Tensor  # [N] int64, row of the flattened hidden states
+    ids: Tensor  # [N] int64, in [0, V)
+    kind: Tensor  # [N] int8, ANSWER | NLL
+    offsets: Tensor  # [2P + 1] int64, where the targets of chosen 0, rejected 0, chosen 1, ... begin
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many targets there are, on the host: all that a plan needs."""
+
+    pairs: tuple[int, ...]  # targets of each pair; a single number where there are no pairs
+    sides: tuple[int, int]  # targets of the chosen and of the rejected side
+    valid: int  # pairs of which both answers have a token
+    nll: int  # NLL tokens
+    nll_sequences: int  # sequences that have one
+    shared_rows: bool  # some row carries two targets
+    positions: int
+
+    @property
+    def count(self) -> int:
+        return sum(self.pairs)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """N targets; in order of pairs where there are pairs, so that a run of whole pairs is a plain slice."""
+
+    rows: Tensor
+    ids: Tensor
+    sizes: Sizes
+    kind: Tensor | None = None
+    offsets: Tensor | None = None
+    counts: Tensor | None = None  # [2P, 8], a row of Counts for each sequence, chosen first
+
+    def pairs(self, first: int, last: int) -> Pairs:
+        """Pairs ``first`` to ``last`` and how their targets belong to them."""
+        assert self.kind is not None  # asked of targets that form pairs
+        assert self.offsets is not None
+        assert self.counts is not None
+        begin, end = (sum(self.sizes.pairs[:pair]) for pair in (first, last))
+        return Pairs(
+            self.kind[begin:end], self.offsets[2 * first : 2 * last + 1], self.counts, self.sizes, first, last, begin
+        )
+
+
+class Pairs(NamedTuple):
+    """A run of whole pairs; ``G = last - first`` of them with ``n`` targets."""
+
+    kind: Tensor  # [n]
+    offsets: Tensor  # [2G + 1], less ``begin`` where a target of this run begins
+    counts: Tensor  # [2P, 8] of all pairs
+    sizes: Sizes  # of all pairs
+    first: int
+    last: int
+    begin: int
+
+    def per_pair(self, column: int) -> Tensor:
+        """A column of the counts, ``[G, 2]``: chosen and rejected."""
+        return self.counts[:, column].view(2, -1)[:, self.first : self.last].T
+
+    def sums(self, values: Tensor, bit: int) -> Tensor:
+        """Sums over the targets of a kind (0: over all), ``[G, 2]``. A value that does not count may be infinite."""
+        if bit:
+            values = torch.where(self.kind & bit != 0, values, 0)
+        found: Tensor = torch.segment_reduce(values, "sum", offsets=self.offsets - self.begin, initial=0)
+        return found.view(-1, 2)
+
+    def nll_share(self, by_sequence: bool, dtype: torch.dtype) -> Tensor:
+        """Weight ``[G, 2]`` of one NLL token in the NLL."""
+        nlls = self.per_pair(Counts._fields.index("nlls"))
+        if by_sequence:  # the mean over the sequences that have an NLL token, of each one's mean
+            return 1.0 / (nlls.clamp(min=1) * max(self.sizes.nll_sequences, 1)).to(dtype)
+        return torch.full(nlls.shape, 1.0 / max(self.sizes.nll, 1), dtype=dtype, device=nlls.device)
+
+    def spread(self, answer: Tensor, nll: Tensor) -> Tensor:
+        """``g [n]`` from derivatives ``[G, 2]`` in a sequence's sum over its answer and over its NLL tokens."""
+        table = torch.stack([answer, nll], -1).view(-1, 2)
+        of_target = torch.repeat_interleave(table, self.offsets.diff(), 0, output_size=self.kind.numel())
+        return torch.where(self.kind & ANSWER != 0, of_target[:, 0], 0) + torch.where(
+            self.kind & NLL != 0, of_target[:, 1], 0
+        )
+
+
+Count = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def pair_sizes(
+    labels: Tensor,  # [positions], flattened
+    nll_labels: Tensor,  # [positions], flattened; the chosen half counts
+    offsets: Tensor,  # [2P + 1] int64, where each sequence begins; chosen 0..P-1, then rejected
+    vocab: int,
+    ignore_index: int,
+    count: Count,
+) -> tuple[Sizes, Tensor]:
+    """``Sizes``, and the table of ``count``, by the one device-to-host copy of a call, which checks the labels too.
+
+    Raises:
+        ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    _refuse_capture(labels)
+    pairs = (offsets.numel() - 1) // 2
+    table = count(labels, nll_labels, offsets, ignore_index)
+    host = [Counts(*row) for row in table.tolist()]
+    for name, low, high in (("labels", "low", "high"), ("nll_labels", "nll_low", "nll_high")):
+        lowest, highest = min(getattr(row, low) for row in host), max(getattr(row, high) for row in host)
+        _check_labels(name, lowest, highest, vocab, ignore_index)
+    sizes = [row.first + row.separate for row in host]
+    return Sizes(
+        pairs=tuple(a + b for a, b in zip(sizes[:pairs], sizes[pairs:], strict=True)),
+        sides=(sum(sizes[:pairs]), sum(sizes[pairs:])),
+        valid=sum(1 for a, b in zip(host[:pairs], host[pairs:], strict=True) if a.answers and b.answers),
+        nll=sum(row.nlls for row in host),
+        nll_sequences=sum(1 for row in host if row.nlls),
+        shared_rows=any(row.separate for row in host),
+        positions=labels.numel(),
+    ), table
+
+
+def count(labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    """``Counts`` of each sequence, ``[2P, 8]``. The label ranges are those of the batch in every row."""
+    nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
+    in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
+
+    def per_sequence(mask: Tensor) -> Tensor:
+        running = F.pad(mask.cumsum(0), (1, 0))
+        return running[offsets[1:]] - running[offsets[:-1]]
+
+    counts = [
+        per_sequence(mask)
+        for mask in (in_answer, in_nll, in_answer | in_nll, in_answer & in_nll & (labels != nll_labels))
+    ]
+    ranges = [*_label_range(labels, in_answer), *_label_range(nll_labels, in_nll)]
+    return torch.stack([*counts, *(value.expand_as(counts[0]) for value in ranges)], 1)
+
+
+def compact(labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, size: int, ignore_index: int) -> Columns:
+    """The ``size`` targets pair by pair; a position's second target follows its sequence's others."""
+    nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
+    pairs = (offsets.numel() - 1) // 2
+    in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
+    separate = in_nll & in_answer & (labels != nll_labels)
+
+    # Every position once for its first target and once for its second; a stable sort by owner brings them in order.
+    wanted = torch.cat([in_answer | in_nll, separate])
+    places = torch.nonzero_static(wanted, size=size).view(-1)
+    rows = places % max(labels.numel(), 1)
+    second = places >= labels.numel()
+    owner = torch.searchsorted(offsets[1:], rows, right=True)
+    order = torch.argsort(2 * (owner % max(pairs, 1)) + owner // max(pairs, 1), stable=True)
+    rows, second = rows[order], second[order]
+    of_nll = torch.where(in_answer[rows], second, True)  # whose label is the target
+    is_nll = (in_nll & ~separate)[rows] | second
+    is_answer = in_answer[rows] & ~second
+    by_segment = torch.arange(2 * pairs, device=rows.device).view(2, pairs).T.reshape(-1)
+    return Columns(
+        rows=rows,
+        ids=torch.where(of_nll, nll_labels[rows], labels[rows]),
+        kind=(ANSWER * is_answer + NLL * is_nll).to(torch.int8),
+        offsets=F.pad(table[:, 2:4].sum(1)[by_segment].cumsum(0), (1, 0)),
+    )
+
+
+def _chosen_half(nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    positions = torch.arange(nll_labels.numel(), device=nll_labels.device)
+    return torch.where(positions < offsets[offsets.numel() // 2], nll_labels, ignore_index)
+
+
+def label_sizes(labels: Tensor, vocab: int, ignore_index: int) -> Sizes:
+    """``Sizes`` of labels ``[positions]`` without pairs, by one device-to-host copy, which checks them too.
+
+    Raises:
+        ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    _refuse_capture(labels)
+    kept = labels != ignore_index
+    found, low, high = torch.stack([kept.sum(), *_label_range(labels, kept)]).tolist()
+    _check_labels("labels", low, high, vocab, ignore_index)
+    return Sizes((found,), (found, 0), 0, 0, 0, False, labels.numel())
+
+
+def label_targets(labels: Tensor, sizes: Sizes, ignore_index: int) -> Targets:
+    """A target for each label ``[positions]`` that is not ignored, in order."""
+    rows = torch.nonzero_static(labels != ignore_index, size=sizes.count).view(-1)
+    return Targets(rows, labels[rows], sizes)
+
+
+def _refuse_capture(labels: Tensor) -> None:
+    """How many targets there are is read on the host, which a graph under capture cannot do.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured on the current stream.
+    """
+    if labels.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the loss cannot be captured in a CUDA graph: its shapes follow from how many labels count, which the host "
+            f"reads from labels {tuple(labels.shape)}; capture the model without the loss and call the loss outside"
+        )
+
+
+def _label_range(labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest kept label, on the device; 0 and 0 where none is kept."""
+    if labels.numel() == 0:
+        zero = torch.zeros((), dtype=torch.int64, device=labels.device)
+        return zero, zero
+    bounded = torch.where(kept, labels, 0)
+    return bounded.min().long(), bounded.max().long()
+
+
+def _check_labels(name: str, low: int, high: int, vocab: int, ignore_index: int) -> None:
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"{name} holds {wrong}, but every label must be ignore_index ({ignore_index}) or in [0, {vocab}), "
+            "the rows of weight: mask the label, or pass the head of the vocabulary it comes from"
+        )
