@@ -1,7 +1,7 @@
 """Every kernel in every shipped configuration, compiled for chips that are not there.
 
-A backend that records instead of launching runs real calls on small CPU tensors; what it would have launched, with
-the types, constants and tiles of the chip's row in the configuration table, is compiled for that chip. Registers,
+Real calls on small CPU tensors record their launches instead of starting them; what they would have launched, with the
+types, constants and tiles of the chip's row in the configuration table, is compiled for that chip. Registers,
 spills and shared memory come from the assembler's own report, the tensor-core instruction from the assembly.
 """
 
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from orpo_kernels.backends import kernels
+from orpo_kernels.backends.kernels.configs import config
 from orpo_kernels.backends.triton_backend import TritonBackend
-from orpo_kernels.backends.triton_configs import config
 from orpo_kernels.engine import Job, logprobs_grads, run_logprobs, run_orpo
 from orpo_kernels.plan import Needs
 from orpo_kernels.prepare import prepare_logprobs, prepare_orpo
@@ -47,7 +48,12 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, (r"tcgen05\.mma", r"mma\.sync")),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, (r"v_mfma\w*",)),
 }
-GEMMS = ("score_tma_kernel", "score_kernel", "rescue_kernel")
+GEMMS = ("exp_gemm_tma_kernel", "exp_gemm_kernel", "recompute_overflowed_kernel")
+# Arguments that are None where a branch of a kernel is off.
+OPTIONAL = (
+    "exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight", "grad_logp_hidden", "source_rows", "out_rows",
+    "a", "b", "label_entry",
+)  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
     torch.bool: "i1",
@@ -100,12 +106,12 @@ def launches(arch: str) -> list[Launch]:
         found[_launch(kernel, args, meta)] = None
 
     shipped = config(arch, torch.bfloat16)
-    for job, tensors in _jobs(TritonBackend(arch=arch, take=record)):
-        _run(job, tensors)
-    # The forms that were not chosen, so that they can be raced.
-    for form in ("pointer", "library"):
-        other = TritonBackend(arch=arch, take=record, config=shipped._replace(form=form))
-        _run(*next(_jobs(other)))
+    with kernels.common.recording(record):
+        for job, tensors in _jobs(TritonBackend(arch=arch)):
+            _run(job, tensors)
+        # The forms that were not chosen, so that they can be raced.
+        for form in ("pointer", "library"):
+            _run(*next(_jobs(TritonBackend(arch=arch, config=shipped._replace(form=form)))))
     return list(found)
 
 
@@ -215,8 +221,10 @@ def compile_one(arch: str, launch: Launch) -> CompileRow:
         spills = _amd_field(assembly, "private_segment_fixed_size")  # scratch memory of a thread
     instruction = next(filter(None, (re.search(pattern, assembly) for pattern in target.tensor_core)), None)
     tiles = {name: value for name, value in launch.constants if name.startswith(("BLOCK", "GROUP"))}
-    flags = [name.lower() for name, value in launch.constants if value is True or (name == "STORE" and value)]
+    flags = [name.lower() for name, value in launch.constants if value is True]
     kinds = {name: re.sub(r"tensordesc<(\w+).*", r"\1", kind.strip("*")) for name, kind in launch.signature}
+    present = [re.sub(r"_(ptr|desc)$", "", name) for name, kind in launch.signature if kind != "constexpr"]
+    flags += [name for name in present if name in OPTIONAL]
     named = [kinds[name] for name in ("hidden_ptr", "hidden_desc", "source_ptr", "values_ptr") if name in kinds]
     return CompileRow(
         kernel=launch.kernel,

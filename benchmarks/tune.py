@@ -27,8 +27,8 @@ from benchmarks.cases import CASES, STATES, Case
 from benchmarks.compile import TARGETS
 from benchmarks.inputs import WEIGHT_STD, make_hidden
 from orpo_kernels import reference
-from orpo_kernels.backends.triton_backend import TritonBackend, _new_exps
-from orpo_kernels.backends.triton_configs import PASS, Config, Tile, arch_of, config
+from orpo_kernels.backends.kernels.configs import PASS, Config, Tile, arch_of, config
+from orpo_kernels.backends.triton_backend import TritonBackend, _new_exp_logits
 from orpo_kernels.scores import Head
 
 Form = Literal["tma", "pointer", "library"]
@@ -45,7 +45,7 @@ CAPPED_PARTS = 2  # a softcap needs twice the registers an entry, so its runs of
 TINY = {case.name: case for case in (Case("tiny", 48, 200), Case("tiny-capped", 48, 200, softcap=30.0))}
 HEADS = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
 ROWS = {"cuda": (1024, 4096, 8192), "cpu": (24,)}
-CONSTANTS = {"sm_80": "_AMPERE", "sm_90": "_HOPPER", "sm_100": "_BLACKWELL"}  # what triton_configs.py calls its tiles
+CONSTANTS = {"sm_80": "_AMPERE", "sm_90": "_HOPPER", "sm_100": "_BLACKWELL"}  # what kernels/configs.py calls its tiles
 
 # Every combination of rows x tokens x features, warps, stages, group_v, parts and flatten is tried, if it fits.
 Sizes = tuple[int, ...]
@@ -260,9 +260,9 @@ def score_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Te
     if backend._choose(hidden, head) != candidate[:2]:
         raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")
     n, tiles = hidden.shape[0], -(-head.vocab // candidate.tile.block_v)
-    exps = _new_exps(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
+    exps = _new_exp_logits(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
     sums = shift.new_full((tiles, n), math.nan)
-    return lambda: backend._score(hidden, targets, head, shift, everything, exps, sums, None), exps, sums
+    return lambda: backend._exp_logits(hidden, targets, head, shift, everything, exps, sums, None), exps, sums
 
 
 def _wrong(work: Work, exps: Tensor, sums: Tensor) -> str:

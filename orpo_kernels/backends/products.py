@@ -16,13 +16,13 @@ def slices(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def times_head(out: Tensor, exps: Tensor, weight: Tensor, *, accumulate: bool) -> None:
+def times_head(out: Tensor, exp_logits: Tensor, weight: Tensor, *, accumulate: bool) -> None:
     """``out (+)= E @ weight`` in float32; a float16 head is widened slice by slice to meet a float32 E."""
-    if weight.dtype == exps.dtype:
-        product(out, exps, weight, accumulate=accumulate)
+    if weight.dtype == exp_logits.dtype:
+        product(out, exp_logits, weight, accumulate=accumulate)
         return
     for of in slices(weight.shape[0], max(LIBRARY_TILE // (4 * weight.shape[1]), 1)):
-        product(out, exps[:, of], weight[of].to(exps.dtype), accumulate=accumulate or of.start > 0)
+        product(out, exp_logits[:, of], weight[of].to(exp_logits.dtype), accumulate=accumulate or of.start > 0)
 
 
 @cache

@@ -1,13 +1,13 @@
-"""Shipped configurations as data: which form a score GEMM takes, and its tiles, by chip and dtype.
+"""Shipped configurations as data: which form the GEMM of E takes, and its tiles, by chip and dtype.
 
-Forms of the score GEMM, all with the same epilogue:
+Its forms, all with the same epilogue:
 
     tma      one persistent Triton GEMM with TMA loads and stores
     pointer  one Triton GEMM over pointers; also what stands in for ``tma`` where a row is not 16-byte aligned
     library  torch's own product into a float32 tile, then a pass over the tile; float32 inputs take it everywhere, as
              it follows torch's matmul precision setting
 
-Nothing here depends on the number of scores, so a new batch never compiles anything new.
+Nothing here depends on the number of targets, so a new batch never compiles anything new.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Block sizes of one kernel: rows of scores, tokens of the vocabulary, features; warps and pipeline stages.
+    """Block sizes of one kernel: targets, tokens of the vocabulary, features; warps and pipeline stages.
 
     ``group_v`` columns of tiles go through all rows together; the epilogue takes a tile in ``parts`` runs of columns.
     ``flatten`` makes one loop of a persistent kernel's two, so that a tile's first loads start in the epilogue before.
@@ -53,8 +53,8 @@ class Config(NamedTuple):
         return "pointer", self.pointer_capped if capped else self.pointer
 
 
-RESCUE = Tile(32, 64, 32, warps=4, stages=2)
-RESCUE_FLOAT32 = Tile(32, 32, 32, warps=4, stages=2)
+RECOMPUTE = Tile(32, 64, 32, warps=4, stages=2)
+RECOMPUTE_FLOAT32 = Tile(32, 32, 32, warps=4, stages=2)
 PASS = Tile(16, 256, 0, warps=4)
 
 # Evidence so far is the compiler's, not a clock's: no spills, tensor cores, within shared memory (docs/kernels.md).
