@@ -41,7 +41,9 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
         if tensor.is_nested:
             raise TypeError(f"{name} is a nested tensor: pass the packed form, with cu_seqlens")
         if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense, strided tensor, got layout {tensor.layout}: call .to_dense() first")
+            raise TypeError(
+                f"{name} must be a dense, strided tensor, got layout {tensor.layout}: call .to_dense() first"
+            )
     if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
         raise ValueError(
             "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "

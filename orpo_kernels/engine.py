@@ -1,7 +1,8 @@
 """Runs a plan on a backend: ``forward -> g -> backward``, group by group, in one autograd Function.
 
-``g = d loss / d logp`` of each target. A loss over pairs knows it as soon as a group's log-probabilities are known, so its
-gradients are formed in forward and backward multiplies them by the upstream scalar. Log-probabilities alone get theirs
+``g = d loss / d logp`` of each target. A loss over pairs knows it as soon as a group's log-probabilities are known, so
+its gradients are formed in forward and backward multiplies them by the upstream scalar. Log-probabilities alone get
+theirs
 from autograd: what backward needs waits until then.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.backends import (
+    PAIR_ROWS,
     Backend,
     Found,
     GivenPairs,
@@ -51,10 +53,11 @@ class Call:
     backend: Backend
 
 
-def run(call: Call, hidden: Tensor, head: Head) -> tuple[Losses | Found, Grads]:
+def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
     """The plan, as far as it goes without an upstream gradient, for ``hidden [rows, H]``.
 
-    That is the loss and its gradients for an upstream gradient of 1; or log-probabilities, and what waits for theirs.
+    That is ``Losses`` and their gradients for an upstream gradient of 1; or for log-probabilities ``Found``, and what
+    of their gradients waits already.
     """
     plan, backend, targets, given = call.plan, call.backend, call.targets, call.given
     store = plan.name == "store"
@@ -83,9 +86,7 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Losses | Found, Grads]:
 
 def _part(call: Call, hidden: Tensor, head: Head, of: slice) -> Part:
     targets = call.targets
-    return Part(
-        hidden, targets.rows[of], targets.ids[of], head, call.plan.scratch_budget, targets.sizes.shared_rows
-    )
+    return Part(hidden, targets.rows[of], targets.ids[of], head, call.plan.scratch_budget, targets.sizes.shared_rows)
 
 
 def backward(call: Call, part: Part, found: Found, g: Tensor, grads: Grads, *, accumulate: bool) -> None:
@@ -139,7 +140,7 @@ def _empty(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _losses(call: Call, head: Head, tables: list[PairTable]) -> Losses:
     values = torch.cat([table.values for table in tables], 1) if len(tables) > 1 else tables[0].values
-    means = values[len(PairTable.ROWS) - 3 :].sum(1)
+    means = values[len(PAIR_ROWS) - 3 :].sum(1)
     if head.bias is not None and head.softcap is None:
         # The mean over V moved inside the product: what the bias adds to a mean logit stands apart.
         of_bias = head.logit_scale * _mean(head.bias, means.dtype)
@@ -183,7 +184,7 @@ class Fused(torch.autograd.Function):
             result, grads = run(call, hidden.detach(), head.detached())
         ctx.set_materialize_grads(False)
         ctx.call, ctx.numbers = call, head[2:]
-        late = isinstance(result, Found)
+        late = call.given is None
         if call.plan.passes > 1:
             ctx.save_for_backward(hidden, weight, bias)
             ctx.ready = result if late else None, grads
@@ -198,8 +199,8 @@ class Fused(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None, None
         call, inputs = ctx.call, ctx.saved_tensors
-        hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in inputs)
-        head = Head(weight, bias, *ctx.numbers)
+        hidden, weight, bias = inputs
+        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers).detached()
         with torch.autocast(upstream.device.type, enabled=False):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.

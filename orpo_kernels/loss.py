@@ -140,7 +140,8 @@ def preference_loss(
         ignore_index: the label of positions that do not count.
         cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
         backend: "auto", or a backend's name.
-        workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to the
+        workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to
+        the
             copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB, and
             the place of one float32 copy of the weight. Results do not depend on it beyond rounding.
 
@@ -153,19 +154,27 @@ def preference_loss(
 
     Precision: products in the dtype of the inputs (float16 in float32), all sums in float32 (float64 for float64). The
     objective is computed in that dtype too. Under autocast hidden, weight and bias are cast as ``F.linear`` casts them.
-    On a GPU a call copies a few integers to the host once, to compact the labels. Three products of the head's size, two
-    with the head frozen, one without gradients, four where the workspace is small.
+    On a GPU a call copies a few integers to the host once, to compact the labels. Three products of the head's size,
+    two with the head frozen, one without gradients, four where the workspace is small.
     """
     head = Head(weight, bias, logit_scale, softcap)
     batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, mean, *metrics = losses.means.unbind()
-    rewards = getattr(objective, "rewards", _log_ratios)(known)
+    chosen_rewards, rejected_rewards = getattr(objective, "rewards", _log_ratios)(known)
     return PreferenceOutput(
-        losses.loss, nll, mean, known, *rewards, chosen_logits, rejected_logits, _valid(known),
-        dict(zip(metric_names(objective), metrics, strict=True)),
-    )  # fmt: skip
+        loss=losses.loss,
+        nll_loss=nll,
+        objective_loss=mean,
+        pairs=known,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        chosen_logits_mean=chosen_logits,
+        rejected_logits_mean=rejected_logits,
+        valid=_valid(known),
+        objective_metrics=dict(zip(metric_names(objective), metrics, strict=True)),
+    )
 
 
 def orpo_loss(
@@ -193,9 +202,10 @@ def orpo_loss(
         log_odds_p = (l_w - l_l) - (log(1 - exp(l_w)) - log(1 - exp(l_l)))
         loss   = nll_weight * NLL + beta * mean_p softplus(-log_odds_p)
 
-    ``preference_loss`` with the objective ``ORPO(beta)``, and fields under ORPO's names. A pair with an answer without a
-    token has no odds ratio: it leaves the odds term, and ``skipped_pairs`` counts it. Finite inputs give finite results:
-    l_l is held at or below -1e-6, where its true gradient diverges.
+    ``preference_loss`` with the objective ``ORPO(beta)``, and fields under ORPO's names. A pair with an answer without
+    a
+    token has no odds ratio: it leaves the odds term, and ``skipped_pairs`` counts it. Finite inputs give finite
+    results: l_l is held at or below -1e-6, where its true gradient diverges.
 
     Args:
         beta: weight of the odds term (lambda in the paper).
@@ -216,11 +226,22 @@ def orpo_loss(
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
-    valid, rewards = _valid(known), objective.rewards(known)
+    valid, (chosen_rewards, rejected_rewards) = _valid(known), objective.rewards(known)
     return OrpoOutput(
-        losses.loss, nll, odds, known.chosen_mean, known.rejected_mean, *rewards, log_sigmoid, log_odds, chosen_logits,
-        rejected_logits, (~valid).sum(), valid,
-    )  # fmt: skip
+        loss=losses.loss,
+        nll_loss=nll,
+        odds_ratio_loss=odds,
+        chosen_logps=known.chosen_mean,
+        rejected_logps=known.rejected_mean,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        log_odds_ratio=log_sigmoid,
+        log_odds_chosen=log_odds,
+        chosen_logits_mean=chosen_logits,
+        rejected_logits_mean=rejected_logits,
+        skipped_pairs=(~valid).sum(),
+        valid=valid,
+    )
 
 
 def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tuple[Losses, PairLogps]:
@@ -232,10 +253,9 @@ def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tup
         call = prepare(hidden, head, batch, settings).call()
         warn_skipped(call.targets)
         losses = Losses(*Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call))
-    values = losses.values
-    reference = (None, None) if batch.reference_logps is None else batch.reference_logps.to(values.dtype).view(2, -1)
-    margins = None if batch.margins is None else batch.margins.to(values.dtype)
-    return losses, PairLogps(*values[:4], *reference, margins)
+    chosen_sum, rejected_sum, chosen_length, rejected_length = losses.values[:4].unbind()
+    given = batch.of_pairs(losses.values.dtype)
+    return losses, PairLogps(chosen_sum, rejected_sum, chosen_length, rejected_length, *given)
 
 
 def _valid(pairs: PairLogps) -> Tensor:
@@ -257,9 +277,9 @@ def explain(**kwargs: Any) -> Plan: ...
 def explain(*args: Any, **kwargs: Any) -> Plan:
     """The plan a function of this module would follow for the same arguments, without multiplying anything.
 
-    ``explain(linear_logprobs, hidden, weight, labels)``; without a function it is ``orpo_loss``. ``print(explain(...))``
-    says which plan, how many products, how many groups, how many bytes, and why. It counts the labels, for which the
-    host waits on a GPU.
+    ``explain(linear_logprobs, hidden, weight, labels)``; without a function it is ``orpo_loss``.
+    ``print(explain(...))`` says which plan, how many products, how many groups, how many bytes, and why. It counts the
+    labels, for which the host waits on a GPU.
 
     Raises:
         TypeError, ValueError: as the function.
@@ -275,13 +295,13 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
     named = bound.arguments
     if function is orpo_loss:
         named["objective"] = ORPO(named["beta"])
-    hidden, head = _autocast(
-        named["hidden"], Head(*(named[field] for field in Head._fields))
-    )
-    batch, settings = (
-        kind(**{field: named[field] for field in kind._fields if field in named}) for kind in (Batch, Settings)
-    )
-    return prepare(hidden, head, batch, settings).plan
+
+    def values(kind: Any) -> Any:
+        """``Head``, ``Batch`` or ``Settings``: their fields are the keywords."""
+        return kind(**{field: named[field] for field in kind._fields if field in named})
+
+    hidden, head = _autocast(named["hidden"], values(Head))
+    return prepare(hidden, head, values(Batch), values(Settings)).plan
 
 
 def linear_logprobs(
@@ -346,8 +366,9 @@ class OrpoLoss(nn.Module):
         parameters = inspect.signature(orpo_loss).parameters
         for name in self.NAMES:
             setattr(self, name, settings.get(name, parameters[name].default))
-        checked(Settings(ORPO(self.beta), *(getattr(self, name) for name in Settings._fields[1:])))
-        checked_head(Head(torch.empty(0), None, self.logit_scale, self.softcap))
+        kept = self._settings()
+        checked(Settings(ORPO(kept["beta"]), *(kept[name] for name in Settings._fields[1:])))
+        checked_head(Head(torch.empty(0), None, kept["logit_scale"], kept["softcap"]))
 
     def forward(
         self,
@@ -360,8 +381,11 @@ class OrpoLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> OrpoOutput:
         """See ``orpo_loss``."""
-        settings = {name: getattr(self, name) for name in self.NAMES}
-        return orpo_loss(hidden, weight, labels, nll_labels=nll_labels, bias=bias, cu_seqlens=cu_seqlens, **settings)
+        tensors: dict[str, Any] = {"nll_labels": nll_labels, "bias": bias, "cu_seqlens": cu_seqlens}
+        return orpo_loss(hidden, weight, labels, **tensors, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.NAMES}
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, nll_weight={self.nll_weight}, nll_reduction={self.nll_reduction!r}"

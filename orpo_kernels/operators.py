@@ -2,9 +2,9 @@
 
 Compacting the labels copies a few integers to the host, which no graph can hold, so a compiled call is one opaque
 operator that runs the eager code. Both have the form (tensors, settings), whatever the settings are: numbers travel as
-lists, so that another beta is no other graph, and everything else as text. What differs from eager: gradients are scaled
-out of place, and ``linear_logprobs`` computes again in backward what eager keeps (its size depends on the labels), one
-product more.
+lists, so that another beta is no other graph, and everything else as text. What differs from eager: gradients are
+scaled out of place, and ``linear_logprobs`` computes again in backward what eager keeps (its size depends on the
+labels), one product more.
 
 An objective travels by its name, so inside a compiled graph it is a frozen dataclass or a function that its module
 exports.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orpo_kernels.backends import PairTable, acc_dtype, grad_dtype
+from orpo_kernels.backends import PAIR_ROWS, acc_dtype, grad_dtype
 from orpo_kernels.engine import Losses, late_grads, logps_of, run, warn_skipped
 from orpo_kernels.objectives import metric_names
 from orpo_kernels.prepare import prepare
@@ -159,7 +159,7 @@ def _(
     _, batch, settings = unpack(weight, bias, Packed(list(tensors), text, list(floats), list(ints)))
     pairs = hidden.shape[0] // 2 if batch.cu_seqlens is None else (batch.cu_seqlens.shape[0] - 1) // 2
     metrics, acc = len(metric_names(settings.objective)), acc_dtype(hidden.dtype)
-    shapes = ((), (4 + metrics,), (len(PairTable.ROWS) + 1 + metrics, pairs))
+    shapes = ((), (4 + metrics,), (len(PAIR_ROWS) + 1 + metrics, pairs))
     losses = [hidden.new_empty(shape, dtype=acc) for shape in shapes]
     return [*losses, *_room(hidden, weight, bias, needs, waits=True)]
 
@@ -229,10 +229,10 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 def _logprobs_grads(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
     hidden, weight, bias, *tensors = ctx.saved_tensors
-    needs = [bool(ctx.needs_input_grad[place]) and like is not None for place, like in enumerate((hidden, weight, bias))]
-    found = logprobs_operator(
-        hidden, weight, bias, tensors, ctx.text, ctx.floats, ctx.ints, grad_outputs[0], needs
-    )
+    needs = [
+        bool(ctx.needs_input_grad[place]) and like is not None for place, like in enumerate((hidden, weight, bias))
+    ]
+    found = logprobs_operator(hidden, weight, bias, tensors, ctx.text, ctx.floats, ctx.ints, grad_outputs[0], needs)
     grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     return *grads, [None] * len(tensors), None, None, None, None, None
 

@@ -85,8 +85,8 @@ def choose(
     """Pick the plan with the fewest passes that keeps to the workspace.
 
     ``workspace_bytes=None`` allows 1 GiB and, on top, the place of one float32 copy of the weight, which several groups
-    would need anyway; a number bounds everything the plan holds beyond inputs, returned gradients and tiles in cache, as
-    far as the backend's least scratch allows.
+    would need anyway; a number bounds everything the plan holds beyond inputs, returned gradients and tiles in cache,
+    as far as the backend's least scratch allows.
     """
     everything = Group(0, len(sizes.pairs), 0, sizes.count)
     # A returned gradient in the accumulation dtype serves as its own accumulator.
@@ -98,14 +98,16 @@ def choose(
         budget = limit - sums if store else DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
         largest = max(group.last - group.first for group in groups)
         cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
-        room = max(budget - cost.stored, cost.scratch)
         return Plan(
-            name, passes, groups, sizes.count, sizes.positions, cost.stored, sums, cost.scratch, room, reason,
+            name, passes, groups, sizes.count, sizes.positions, cost.stored, sums, cost.scratch, cost.budget, reason,
             backend.name,
         )  # fmt: skip
 
     def fits(n: int, budget: int) -> bool:
-        return sum(backend.cost(n, vocab, features, dtype, budget, store=True)) <= budget
+        return need(n, budget) <= budget
+
+    def need(n: int, budget: int) -> int:
+        return sum(backend.cost(n, vocab, features, dtype, budget, store=True)[:2])
 
     if not needs.hidden and not needs.head:
         return plan("forward", 1, "nothing needs a gradient")
@@ -117,13 +119,12 @@ def choose(
         groups = _whole_pairs(sizes.pairs, lambda n: fits(n, limit - accumulator))
         return plan("store", 3, f"E of {len(groups)} groups of whole pairs fits in turn", groups)
     most, what = (max(sizes.pairs), "the longest pair") if splits else (sizes.count, "all targets")
-    need = sum(backend.cost(most, vocab, features, dtype, limit, store=True))
     sums = f" and the accumulator ({accumulator / 2**20:.0f} MiB)" if splits and accumulator else ""
     return plan(
         "recompute",
         4,
-        f"E of {what} ({need / 2**20:.0f} MiB){sums} does not fit {limit / 2**20:.0f} MiB, so the weight's gradient is "
-        "written slice by slice from recomputed tiles",
+        f"E of {what} ({need(most, limit) / 2**20:.0f} MiB){sums} does not fit {limit / 2**20:.0f} MiB, so the "
+        "weight's gradient is written slice by slice from recomputed tiles",
     )
 
 

@@ -61,23 +61,20 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
     if batch.nll_labels is not None:
         nll_labels = checks.flat_nll_labels(batch.nll_labels, hidden, ignore)
     pairs = offsets.numel() // 2
-    reference, margins = batch.reference_logps, batch.margins
     checks.check_pair_numbers(
-        "reference_logps", reference, hidden, 2 * pairs, "a sum for each sequence, chosen first"
+        "reference_logps", batch.reference_logps, hidden, 2 * pairs, "a sum for each sequence, chosen first"
     )
-    checks.check_pair_numbers("margins", margins, hidden, pairs, "one for each pair")
+    checks.check_pair_numbers("margins", batch.margins, hidden, pairs, "one for each pair")
     backend = select(settings.backend, hidden.device, hidden.dtype)
     sizes, table = pair_sizes(labels, nll_labels, offsets, head.vocab, ignore, backend.count)
     splits = not getattr(objective, "couples_pairs", False)
     plan = _plan(hidden, head, settings, needs, sizes, backend, splits=splits)
-    acc = acc_dtype(hidden.dtype)
-    sums = (None, None) if reference is None else reference.to(acc).view(2, pairs).unbind()
     given = GivenPairs(
         objective,
         settings.weight_of_nll,
         settings.nll_reduction == "sequence",
         plan.passes > 1,
-        (*sums, None if margins is None else margins.to(acc)),
+        batch.of_pairs(acc_dtype(hidden.dtype)),
     )
 
     def targets() -> Targets:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.objectives import CHOSEN_BOUND, REJECTED_BOUND, PairLogps, log_odds
+from orpo_kernels.settings import Batch
 
 
 def logits(
@@ -107,13 +108,9 @@ def preference_loss(
     in_answer = labels != ignore_index
     sums = _pick(z, labels, ignore_index).sum(-1)
     counts = in_answer.sum(-1)
-    reference = (None, None) if reference_logps is None else reference_logps.to(sums.dtype).view(2, -1)
-    known = PairLogps(
-        *sums.view(2, -1),
-        *counts.to(sums.dtype).view(2, -1),
-        *reference,
-        None if margins is None else margins.to(sums.dtype),
-    )
+    lengths = counts.to(sums.dtype)
+    given = Batch(labels, reference_logps=reference_logps, margins=margins).of_pairs(sums.dtype)
+    known = PairLogps(sums[:pairs], sums[pairs:], lengths[:pairs], lengths[pairs:], *given)
 
     nll_targets = (labels if nll_labels is None else nll_labels)[:pairs]
     nll_logps = _pick(z[:pairs], nll_targets, ignore_index)
@@ -161,7 +158,8 @@ def orpo_loss(
     odds = log_odds(known.chosen_mean.clamp(max=CHOSEN_BOUND), known.rejected_mean.clamp(max=REJECTED_BOUND))
 
     def mean(per_pair: Tensor) -> Tensor:
-        return torch.where(valid, per_pair, 0.0).sum() / valid.sum().clamp(min=1)
+        total: Tensor = torch.where(valid, per_pair, 0.0).sum() / valid.sum().clamp(min=1)
+        return total
 
     return {
         "loss": out["loss"],

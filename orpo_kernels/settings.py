@@ -52,6 +52,14 @@ class Batch(NamedTuple):
     reference_logps: Tensor | None = None  # [2P], a reference model's sums over the answers, chosen first, nats
     margins: Tensor | None = None  # [P], a number for each pair that the objective may use
 
+    def of_pairs(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The reference model's sums, chosen and rejected, and the margins, ``[P]`` each."""
+        margins = None if self.margins is None else self.margins.to(dtype)
+        if self.reference_logps is None:
+            return None, None, margins
+        chosen, rejected = self.reference_logps.to(dtype).view(2, -1).unbind()
+        return chosen, rejected, margins
+
 
 class Settings(NamedTuple):
     """Everything of a call that is no tensor."""
@@ -89,8 +97,8 @@ class Needs(NamedTuple):
         return Needs(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad)
 
 
-def number(name: str, value: Any, *, least: float = 0.0, above: bool = False) -> float:
-    """A finite number of at least ``least`` (more than it, if ``above``), as a float.
+def number(name: str, value: Any, *, positive: bool = False) -> float:
+    """A finite number that is not negative, or is ``positive``, as a float.
 
     Raises:
         TypeError: not a number; a tensor would be detached without a word.
@@ -103,12 +111,10 @@ def number(name: str, value: Any, *, least: float = 0.0, above: bool = False) ->
         )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value) or value < least or (above and value == least):
-        if least != 0:
-            raise ValueError(f"{name} must be finite and {'above' if above else 'at least'} {least}, got {value}")
-        raise ValueError(f"{name} must be finite and {'positive' if above else 'not negative'}, got {value}")
-    return value
+    found = float(value)
+    if not math.isfinite(found) or found < 0 or (positive and found == 0):
+        raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {found}")
+    return found
 
 
 def checked_head(head: Head) -> Head:
@@ -120,10 +126,10 @@ def checked_head(head: Head) -> Head:
     softcap = head.softcap
     if softcap is not None:
         try:
-            softcap = number("softcap", softcap, above=True)
+            softcap = number("softcap", softcap, positive=True)
         except ValueError as error:
             raise ValueError(f"softcap must be finite and positive, or None for no softcap, got {softcap}") from error
-    return head._replace(logit_scale=number("logit_scale", head.logit_scale, above=True), softcap=softcap)
+    return head._replace(logit_scale=number("logit_scale", head.logit_scale, positive=True), softcap=softcap)
 
 
 def checked(settings: Settings) -> Settings:

@@ -169,7 +169,9 @@ def count(labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int
     return torch.stack([*counts, *(value.expand_as(counts[0]) for value in ranges)], 1)
 
 
-def compact(labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, size: int, ignore_index: int) -> Columns:
+def compact(
+    labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, size: int, ignore_index: int
+) -> Columns:
     """The ``size`` targets pair by pair; a position's second target follows its sequence's others."""
     nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
     pairs = (offsets.numel() - 1) // 2

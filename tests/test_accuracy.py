@@ -83,7 +83,7 @@ def test_every_plan_gives_the_same_result(backend: str, dtype: torch.dtype) -> N
     case = make(dtype, pairs=6, vocab=3000, features=16, bias=True)
     plans = {}
     column = 3000 * (2 if dtype == torch.bfloat16 else 4 if dtype != torch.float64 else 8)
-    with mock.patch.object(TritonBackend, "least_room", 0):
+    with mock.patch.object(TritonBackend, "least_scratch", 0):
         for workspace in (None, 4 * 3000 * 16 + 20 * column, 1):
             options = {"workspace_bytes": workspace, "backend": backend}
             plan = explain(case.hidden, case.weight, case.labels, bias=case.bias, **options)

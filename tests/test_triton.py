@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,14 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels import explain, orpo_loss
-from orpo_kernels.backends import products, select, triton_backend
+from orpo_kernels import explain, orpo_loss, targets
+from orpo_kernels.backends import Found, GivenPairs, kernels, products, select, triton_backend
 from orpo_kernels.backends.triton_backend import TritonBackend
-from orpo_kernels.backends.triton_configs import Config, Tile, config
-from orpo_kernels.backends.triton_launch import Launches
-from orpo_kernels.objective import OddsRatio
-from orpo_kernels.pairs import pair_table
-from orpo_kernels.scores import Head, Scores, compact_scores, count_scores, logprob_scores
+from orpo_kernels.backends.kernels.configs import Config, Tile, config
+from orpo_kernels.backends.torch_backend import TorchBackend
+from orpo_kernels.objectives import ORPO
+from orpo_kernels.settings import Head
+from orpo_kernels.targets import ANSWER, NLL, Pairs, Sizes, Targets, label_sizes
 from tests.cases import DEVICE, TRITON_DTYPES, Case, check, make
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 def small_pieces() -> Any:
     """Pieces, slices and chunks so small that small inputs have many of each."""
     return mock.patch.multiple(
-        triton_backend, PIECE_ROWS=8, STREAM_ROWS=8, SLICE_TOKENS=32, PRODUCT_COLUMNS=16, LIBRARY_TILE=4096
+        triton_backend, CHUNK_ROWS=8, STREAM_ROWS=8, SLICE_TOKENS=32, PRODUCT_COLUMNS=16, LIBRARY_TILE=4096
     )
 
 
@@ -66,7 +67,7 @@ def test_any_shape_in_any_form(
     asked = on_chip if DEVICE.type == "cuda" else config("interpreter", torch.float32)._replace(form=form)
     with (
         small_pieces(),
-        mock.patch.object(TritonBackend, "least_room", 0),
+        mock.patch.object(TritonBackend, "least_scratch", 0),
         mock.patch.object(triton_backend, "config", return_value=asked),
     ):
         check(case, backend="triton", workspace_bytes=workspace)
@@ -86,7 +87,7 @@ def test_lost_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | None, f
         case.labels[(case.labels == 190) | (case.labels == 70)] = 8
         case.labels[0, 0] = 190
     case.backend = "triton"
-    with small_pieces(), mock.patch.object(TritonBackend, "least_room", 0):
+    with small_pieces(), mock.patch.object(TritonBackend, "least_scratch", 0):
         check(case, workspace_bytes=workspace)
         case.weight.requires_grad_(False)
         check(case, workspace_bytes=workspace)
@@ -114,17 +115,27 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
         assert torch.equal(mine, theirs)
 
 
-def _scores(lengths: list[int], weights: torch.Tensor) -> Scores:
-    pairs = len(lengths) // 2
-    offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(DEVICE)
-    valid = torch.tensor([a > 0 and b > 0 for a, b in zip(lengths[::2], lengths[1::2], strict=True)], device=DEVICE)
-    n = sum(lengths)
-    return Scores(
-        rows=torch.arange(n, device=DEVICE), targets=torch.zeros(n, dtype=torch.int64, device=DEVICE),
-        nll_weight=weights[0, :n], answer_weight=weights[1, :n], offsets=offsets, pair_valid=valid,
-        pair_sizes=tuple(lengths[2 * i] + lengths[2 * i + 1] for i in range(pairs)), valid_pairs=int(valid.sum()),
-        side_counts=(sum(lengths[::2]), sum(lengths[1::2])), shared_rows=False,
-    )  # fmt: skip
+def _pairs(lengths: list[int], generator: torch.Generator) -> Pairs:
+    """Pairs of such lengths whose targets count in either way or in both."""
+    n, half = sum(lengths), len(lengths) // 2
+    offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+    kind = torch.randint(1, 4, (n,), generator=generator).to(torch.int8)
+    counts = torch.zeros(2 * half, 8, dtype=torch.int64)
+    for place, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        if place % 2:  # the rejected side has no NLL
+            kind[begin:end] = 1
+        row = counts[place // 2 + half * (place % 2)]
+        row[0], row[1] = (kind[begin:end] & ANSWER > 0).sum(), (kind[begin:end] & NLL > 0).sum()
+    sizes = Sizes(
+        pairs=tuple(a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)),
+        sides=(sum(lengths[::2]), sum(lengths[1::2])),
+        valid=int(((counts[:half, 0] > 0) & (counts[half:, 0] > 0)).sum()),
+        nll=int(counts[:, 1].sum()),
+        nll_sequences=int((counts[:, 1] > 0).sum()),
+        shared_rows=False,
+        positions=n,
+    )
+    return Targets(offsets, offsets, sizes, kind.to(DEVICE), offsets.to(DEVICE), counts.to(DEVICE)).pairs(0, half)
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,40 +146,41 @@ def _scores(lengths: list[int], weights: torch.Tensor) -> Scores:
         )
     ),
     level=st.sampled_from([1e-9, 1e-5, 1e-2, 1.0, 30.0, 200.0]),
+    by_sequence=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_odds_ratio_kernel(lengths: list[int], level: float, seed: int) -> None:
+def test_odds_ratio_kernel(lengths: list[int], level: float, by_sequence: bool, seed: int) -> None:
     """The one launch against the objective in float64, from certain to hopeless means, over groups of pairs."""
     generator = torch.Generator().manual_seed(seed)
-    n, pairs = sum(lengths), len(lengths) // 2
+    n = sum(lengths)
     logps = -level * torch.rand(n, generator=generator).to(DEVICE)
-    weights = torch.rand(2, n, generator=generator).to(DEVICE) / max(n, 1)
     means = torch.randn(n, generator=generator).to(DEVICE)
-    scores = _scores(lengths, weights)
-    exact = _scores(lengths, weights.double())
-    for group in (slice(0, pairs), slice(pairs // 2, pairs)):
-        part = slice(int(scores.offsets[2 * group.start]), n)
-        arguments = (group, part, OddsRatio(0.7), 0.5)
-        truth = pair_table(logps[part].double(), means[part].double(), exact, *arguments)
-        naive = pair_table(logps[part], means[part], scores, *arguments)
-        ours = TritonBackend().pair_table(logps[part], means[part], scores, *arguments)
+    every = _pairs(lengths, generator)
+    whole = Targets(every.offsets, every.offsets, every.sizes, every.kind, every.offsets, every.counts)
+    for first in (0, len(lengths) // 4):
+        pairs = whole.pairs(first, len(lengths) // 2)
+        given = GivenPairs(ORPO(0.7), 0.5, by_sequence, True)
+        part = slice(pairs.begin, n)
+        truth = TorchBackend().pair_terms(Found(logps[part].double(), means[part].double(), None), pairs, given)
+        found = Found(logps[part], means[part], None)
+        naive, ours = (backend.pair_terms(found, pairs, given) for backend in (TorchBackend(), TritonBackend()))
         for name, mine, theirs, expected in zip(truth._fields, ours, naive, truth, strict=True):
             assert torch.isfinite(mine).all(), name
             error, allowed = (mine - expected).abs(), 2 * (theirs - expected).abs()
-            # Both round means and differences of float32 numbers of this size.
-            assert (error <= allowed.clamp(min=3e-6 * (1.0 + float(expected.abs().max() if n else 0)))).all(), name
+            # Both round sums and differences of float32 numbers of this size, row by row.
+            size = expected.abs().amax(-1, keepdim=True) if expected.numel() else expected
+            assert (error <= allowed.clamp(min=3e-6 * (1.0 + size))).all(), name
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).map(lambda half: half + half[::-1]),
     ignore=st.sampled_from([-100, 0, 7]),
-    by_sequence=st.booleans(),
     seed=st.integers(0, 1000),
     keep=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
 )
-def test_compaction(lengths: list[int], ignore: int, by_sequence: bool, seed: int, keep: float) -> None:
-    """The two launches give the scores of torch's sort, in its order, for ranges past a block and two targets a row."""
+def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> None:
+    """The two launches give the targets of torch's sort, in its order, for ranges past a block and two targets a row."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [length * (60 if seed % 5 == 0 else 1) for length in lengths]
     n = sum(lengths)
@@ -181,15 +193,16 @@ def test_compaction(lengths: list[int], ignore: int, by_sequence: bool, seed: in
     answers = labels()
     nll = torch.where(torch.rand(n, generator=generator).to(DEVICE) > 0.5, answers, labels())
     backend = TritonBackend()
-    table = backend.count_scores(answers, nll, offsets, ignore)
-    expected = count_scores(answers, nll, offsets, ignore)
+    table = backend.count(answers, nll, offsets, ignore)
+    expected = targets.count(answers, nll, offsets, ignore)
     assert torch.equal(table[:, :4], expected[:, :4])
     assert torch.equal(table[:, 4::2].amin(0), expected[:, 4::2].amin(0))
     assert torch.equal(table[:, 5::2].amax(0), expected[:, 5::2].amax(0))
-    arguments = (answers, nll, offsets, table, int(table[:, 2:4].sum()), ignore, by_sequence, torch.float32)
-    mine, theirs = backend.compact_scores(*arguments), compact_scores(*arguments)
+    arguments = (answers, nll, offsets, table, int(table[:, 2:4].sum()), ignore)
+    mine, theirs = backend.compact(*arguments), targets.compact(*arguments)
     for name, a, b in zip(theirs._fields, mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.equal(a, b), name
+        assert a.dtype == b.dtype, name
 
 
 def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
@@ -202,7 +215,7 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     last = slice(n - 200, n)
     targets = torch.arange(n, device=DEVICE) % vocab
     entry = torch.arange(n, dtype=torch.float32, device=DEVICE) % 251 + 1
-    Launches(None).label_entries(exps, entry, targets, 0)
+    kernels.rows.label_entries(exps, entry, targets, 0)
     found = exps[last].gather(1, targets[last, None]).view(-1)
     assert torch.equal(found, entry[last].to(torch.bfloat16))
 
@@ -224,7 +237,7 @@ def test_scratch_stays_within_the_plan() -> None:
     """A small workspace bounds the slices: nothing as large as E is ever allocated."""
     case = make(torch.float32, pairs=2, length=20, features=16, vocab=4000, keep=1.0)
     case.backend = "triton"
-    with mock.patch.object(TritonBackend, "least_room", 0):
+    with mock.patch.object(TritonBackend, "least_scratch", 0):
         plan = explain(case.hidden, case.weight, case.labels, backend="triton", workspace_bytes=1)
     assert plan.name == "recompute"
     assert plan.bytes < 80 * 4000 * 4
@@ -247,7 +260,7 @@ def test_capture_into_a_graph_is_refused_with_the_remedy() -> None:
     labels: Any = mock.Mock(device=torch.device("cuda"), shape=(4, 9))
     message = pytest.raises(RuntimeError, match=r"CUDA graph.*capture the model without the loss")
     with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True), message:
-        logprob_scores(labels, 10, -100)
+        label_sizes(labels, 10, -100)
 
 
 def test_triton_is_imported_when_a_kernel_starts() -> None:

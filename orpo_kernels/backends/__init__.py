@@ -60,22 +60,30 @@ class Cost(NamedTuple):
     """Bytes that a pass over some targets holds beside inputs and results, but for tiles that live in a cache."""
 
     stored: int  # E
-    scratch: int
+    scratch: int  # copies of rows, and slices of E that is not stored
+    budget: int  # what ``Part.scratch`` is to be: how far the backend may go with scratch
+
+
+# What PairTable.values begins with.
+PAIR_ROWS = (
+    "chosen_sum",
+    "rejected_sum",
+    "chosen_length",
+    "rejected_length",
+    "nll",
+    "chosen_logits",
+    "rejected_logits",
+)
 
 
 class PairTable(NamedTuple):
-    """What a run of G pairs comes to. ``values`` has a row for each of ``ROWS``, then the loss and the metrics.
+    """What a run of G pairs comes to. ``values`` has a row for each of ``PAIR_ROWS``, then the loss and the metrics.
 
     From ``nll`` on a row carries its share of the batch's mean, so that its sum over all pairs is that mean.
     """
 
-    values: Tensor  # [len(ROWS) + 1 + metrics, G]
+    values: Tensor  # [len(PAIR_ROWS) + 1 + metrics, G]
     g: Tensor  # [n], d loss / d logp of each target
-
-    ROWS = (
-        "chosen_sum", "rejected_sum", "chosen_length", "rejected_length",
-        "nll", "chosen_logits", "rejected_logits",
-    )  # fmt: skip
 
 
 class Backend(ABC):
@@ -99,16 +107,16 @@ class Backend(ABC):
     def forward(self, part: Part, into: Grads, *, store: bool) -> Found:
         """Log-probabilities of the part's targets.
 
-        With ``store`` E stays in ``state`` for ``backward``. Where ``into.hidden`` is given, d logp / d hidden is formed
-        here or there, as the backend likes; it may wait in ``into.hidden``, in the rows of the part.
+        With ``store`` E stays in ``state`` for ``backward``. Where ``into.hidden`` is given, d logp / d hidden is
+        formed here or there, as the backend likes; it may wait in ``into.hidden``, in the rows of the part.
         """
 
     @abstractmethod
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
         """Write the gradients for ``g [n] = d loss / d logp`` to ``into``; called once for each ``found``.
 
-        With ``accumulate`` the head's gradients are added to what is there. Other parts' rows of ``into.hidden`` are left
-        alone, and added to where rows are shared. An E that was not stored is computed again for the head.
+        With ``accumulate`` the head's gradients are added to what is there. Other parts' rows of ``into.hidden`` are
+        left alone, and added to where rows are shared. An E that was not stored is computed again for the head.
         """
 
     # Plain torch, which a backend may fuse.

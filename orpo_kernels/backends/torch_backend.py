@@ -100,8 +100,8 @@ class TorchBackend(Backend):
 
     def cost(self, n: int, vocab: int, features: int, dtype: torch.dtype, budget: int, *, store: bool) -> Cost:
         if store:
-            return Cost(n * vocab * _compute_dtype(dtype).itemsize, n * _row_bytes(features, dtype))
-        return Cost(0, min(n, _chunk_rows(features, dtype, budget)) * _row_bytes(features, dtype))
+            return Cost(n * vocab * _compute_dtype(dtype).itemsize, n * _row_bytes(features, dtype), budget)
+        return Cost(0, min(n, _chunk_rows(features, dtype, budget)) * _row_bytes(features, dtype), budget)
 
     def mean_weight(self, weight: Tensor) -> Tensor:
         acc = acc_dtype(weight.dtype)
@@ -338,8 +338,8 @@ def _exp_tile(
     """E of some tokens, ``[s, n]`` in the product's dtype; S is added to ``sum_exp`` where labels hold 0.
 
     Under a softcap E carries the cap's slope and S sums plain exponentials. The room has one row more than the slice:
-    labels of other slices are written there, which costs no mask and no sync. In a stored E that row is the next slice's
-    first, not computed yet, or the spare row at the end.
+    labels of other slices are written there, which costs no mask and no sync. In a stored E that row is the next
+    slice's first, not computed yet, or the spare row at the end.
     """
     size, compute = tokens.stop - tokens.start, hidden.dtype
     columns = torch.arange(hidden.shape[0], device=hidden.device)

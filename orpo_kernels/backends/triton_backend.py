@@ -22,19 +22,30 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.backends import Forward, kernels
+from orpo_kernels.backends import (
+    PAIR_ROWS,
+    Backend,
+    Cost,
+    Found,
+    GivenPairs,
+    Grads,
+    PairTable,
+    Part,
+    grad_dtype,
+    kernels,
+)
 from orpo_kernels.backends.kernels.configs import Config, Tile, arch_of, config
 from orpo_kernels.backends.products import LIBRARY_TILE, product, slices, times_head
-from orpo_kernels.objective import CHOSEN_BOUND, REJECTED_BOUND, OddsRatio, PairTerms
-from orpo_kernels.pairs import PairTable, pair_table
-from orpo_kernels.scores import Columns, Head, Scores
+from orpo_kernels.objectives import ORPO
+from orpo_kernels.settings import Head
+from orpo_kernels.targets import Columns, Pairs
 
 # Rows whose S passes this take their largest logit as shift: e^60 times any vocabulary and weight still fits float32.
 OVERFLOW_ABOVE = math.exp(60.0)
@@ -44,7 +55,17 @@ SLICE_TOKENS = 256  # the width of a slice is a multiple of this, and so of ever
 PRODUCT_COLUMNS = 512  # fewest features of one product for the head's gradient
 
 
-class TritonBackend:
+class _State(NamedTuple):
+    """Of n targets; ``[n]`` float32."""
+
+    shift: Tensor  # what each row's logits were shifted by
+    inv_denom: Tensor  # 1 / (exp(z_y - shift) + S)
+    label_entry: Tensor  # what stands at the label's place in E: -S, times the cap's slope at the label
+    grad_logp_hidden: Tensor | None  # [n, H], where it cannot wait in the gradient itself
+    exp_logits: Tensor | None  # E
+
+
+class TritonBackend(Backend):
     """See the module's docstring.
 
     ``config`` stands in for the shipped one, to try another; ``arch`` names the row of the configuration table to use,
@@ -53,7 +74,7 @@ class TritonBackend:
 
     name = "triton"
     tuned_for = "cuda"
-    least_room = 20 << 20  # a gathered chunk or the float32 product of one, at H = 4,096
+    least_scratch = 20 << 20  # a gathered chunk or the float32 product of one, at H = 4,096
 
     def __init__(self, *, config: Config | None = None, arch: str | None = None) -> None:
         self._given, self._arch = config, arch
@@ -76,216 +97,153 @@ class TritonBackend:
             return f"triton cannot be imported ({error})"
         return None
 
-    def kept_itemsize(self, dtype: torch.dtype) -> int:
-        return _kept_dtype(dtype).itemsize
+    def cost(self, n: int, vocab: int, features: int, dtype: torch.dtype, budget: int, *, store: bool) -> Cost:
+        itemsize = _exp_dtype(dtype).itemsize
+        if store:  # chunks of rows, with the sums of their tiles or as float32 products
+            stored = n * vocab * itemsize
+            room = max(budget - stored, self.least_scratch)
+            return Cost(stored, min(room, n * (4 * features + _sums_bytes(vocab, False))), room)
+        room = max(budget, self.least_scratch)
+        n = min(n, _chunk_rows(features, room))
+        return Cost(0, n * (8 * features + _slice_width(n * itemsize, vocab, room) * itemsize) if n else 0, room)
 
-    def rows_at_once(self, features: int, room: int) -> int:
-        # Gathered rows and their float32 product take half the room, a slice of E the other.
-        return min(max(room // 2 // (8 * features) // CHUNK_ROWS, 1) * CHUNK_ROWS, STREAM_ROWS)
-
-    def scratch_bytes(self, n: int, vocab: int, features: int, dtype: torch.dtype, room: int, *, kept: bool) -> int:
-        if kept:  # chunks of rows, with the sums of their tiles or as float32 products
-            return min(room, n * (4 * features + _sums_bytes(vocab, False)))
-        n, itemsize = min(n, self.rows_at_once(features, room)), self.kept_itemsize(dtype)
-        return n * (8 * features + _slice_width(n * itemsize, vocab, room) * itemsize) if n else 0
-
-    def column_mean(self, weight: Tensor) -> Tensor:
+    def mean_weight(self, weight: Tensor) -> Tensor:
         return weight.mean(0, dtype=torch.float32)
 
     # What the engine calls, in the order it does.
 
-    def count_scores(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    def count(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
         table = labels.new_empty((offsets.numel() - 1, 8))
-        with self._on(labels):
+        with _on(labels):
             kernels.pairs.count(labels, nll_labels, offsets, table, ignore_index)
         return table
 
-    def compact_scores(
-        self,
-        labels: Tensor,
-        nll_labels: Tensor,
-        offsets: Tensor,
-        table: Tensor,
-        count: int,
-        ignore_index: int,
-        by_sequence: bool,
-        dtype: torch.dtype,
+    def compact(
+        self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, size: int, ignore_index: int
     ) -> Columns:
-        places, shares = labels.new_empty((2, count)), torch.empty((2, count), dtype=dtype, device=labels.device)
-        valid = torch.empty(table.shape[0] // 2, dtype=torch.bool, device=labels.device)
-        columns = Columns(places[0], places[1], shares[0], shares[1], torch.empty_like(offsets), valid)
-        with self._on(labels):
-            kernels.pairs.compact(labels, nll_labels, offsets, table, columns, ignore_index, by_sequence)
+        rows, ids = labels.new_empty((2, size))
+        columns = Columns(rows, ids, torch.empty(size, dtype=torch.int8, device=ids.device), torch.empty_like(offsets))
+        with _on(labels):
+            kernels.pairs.compact(labels, nll_labels, offsets, table, columns, ignore_index)
         return columns
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        *,
-        keep: bool,
-        unit: bool,
-        logit_means: bool,
-        centre: Tensor | None,
-        room: int,
-    ) -> Forward:
-        n, vocab, features = targets.numel(), head.vocab, hidden.shape[1]
-        head = _row_major(head)
-        logps, shift, inverse, entry = torch.empty((4, n), dtype=torch.float32, device=hidden.device)
-        result = Forward(
-            logps=logps,
-            shift=shift,
-            inverse=inverse,
-            entry=entry,
-            unit=logps.new_empty((n, features)) if unit and not keep else None,
-            exps=_new_exp_logits(n, vocab, hidden) if keep else None,
-            logit_means=torch.zeros_like(logps) if logit_means else None,
-        )
-        row = features * hidden.element_size() + _sums_bytes(vocab, head.softcap is not None)
-        with self._on(hidden):
-            for part in _chunks(n, room // row if keep else n):
-                chosen = Forward(*(None if t is None else t[part] for t in result))  # type: ignore[arg-type]
-                self._forward_rows(hidden.index_select(0, rows[part]), targets[part], head, chosen, centre, room)
-        return result
+    def forward(self, part: Part, into: Grads, *, store: bool) -> Found:
+        (n, features), vocab, hidden = (part.ids.numel(), part.hidden.shape[1]), part.head.vocab, part.hidden
+        part = part._replace(head=_row_major(part.head))
+        logps, shift, inv_denom, label_entry = torch.empty((4, n), dtype=torch.float32, device=hidden.device)
+        means = torch.zeros_like(logps) if part.logit_means else None
+        wanted = into.hidden is not None and not store
+        waiting = None
+        if wanted and part.shared_rows:
+            waiting = torch.empty((n, features), dtype=grad_dtype(hidden.dtype), device=hidden.device)
+        exp_logits = _new_exp_logits(n, vocab, hidden) if store else None
+        state = _State(shift, inv_denom, label_entry, waiting, exp_logits)
+        most = _chunk_rows(features, part.scratch)
+        if store:
+            row = features * hidden.element_size() + _sums_bytes(vocab, part.head.softcap is not None)
+            most = part.scratch // row
+        with _on(hidden):
+            for of in _chunks(n, most):
+                chunk = part._replace(rows=part.rows[of], ids=part.ids[of])
+                own = _State(*(None if t is None else t[of] for t in state))  # type: ignore[arg-type]
+                product = self._forward_rows(chunk, own, logps[of], None if means is None else means[of], wanted)
+                if product is not None and into.hidden is not None:
+                    out, out_rows = (into.hidden, chunk.rows) if waiting is None else (waiting[of], None)
+                    label = (own.label_entry, part.head.weight, chunk.ids)
+                    factor = -part.head.logit_scale
+                    kernels.rows.rows(product, out, factor, own.inv_denom, out_rows=out_rows, label=label)
+                del product  # before the next chunk's is allocated
+        return Found(logps, means, state)
 
-    def pair_table(
-        self,
-        logps: Tensor,
-        logit_means: Tensor,
-        scores: Scores,
-        pairs: slice,
-        part: slice,
-        objective: Callable[[Tensor, Tensor], PairTerms],
-        nll_weight: float,
-    ) -> PairTable:
-        count = pairs.stop - pairs.start
-        if type(objective) is not OddsRatio or count == 0:
-            return pair_table(logps, logit_means, scores, pairs, part, objective, nll_weight)
-        table, coefficients = logps.new_empty((8, count)), torch.empty_like(logps)
-        with self._on(logps):
-            kernels.pairs.odds_ratio(
-                logps,
-                logit_means,
-                scores.answer_weight[part],
-                scores.nll_weight[part],
-                scores.offsets[2 * pairs.start : 2 * pairs.stop + 1],
-                scores.pair_valid[pairs],
-                coefficients,
-                table,
-                part.start,
-                objective.beta,
-                nll_weight,
-                1.0 / max(scores.valid_pairs, 1),
-                CHOSEN_BOUND,
-                REJECTED_BOUND,
-                torch.finfo(torch.float32).tiny,
-            )
-        return PairTable(*table.unbind(), coefficients)  # type: ignore[call-arg]
+    def pair_terms(self, found: Found, pairs: Pairs, given: GivenPairs) -> PairTable:
+        objective = given.objective
+        if type(objective) is not ORPO:
+            return super().pair_terms(found, pairs, given)
+        assert found.logit_means is not None  # asked for
+        logps = found.logps
+        rows = len(PAIR_ROWS) + 1 + len(objective.metric_names)
+        values, g = logps.new_empty((rows, pairs.last - pairs.first)), torch.empty_like(logps)
+        numbers = {"beta": float(objective.beta), "nll_weight": given.nll_weight}
+        with _on(logps):
+            kernels.pairs.odds_ratio(logps, found.logit_means, pairs, g, values, given.by_sequence, **numbers)
+        return PairTable(values, g)
 
-    def grad_hidden(
-        self,
-        result: Forward,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        grad_logps: Tensor | None,
-        out: Tensor,
-        *,
-        shared: bool,
-        room: int,
-    ) -> None:
-        n, features = targets.numel(), out.shape[1]
-        head = _row_major(head)
-        with self._on(out):
-            for part in _chunks(n, n if result.exps is None else room // (4 * features)):
-                label = None
-                if result.exps is not None:  # the label's entry stands in it
-                    grad = result.logps.new_empty((part.stop - part.start, features))
-                    times_head(grad, result.exps[part], head.weight, accumulate=False)
+    def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
+        state, hidden = found.state, part.hidden
+        part = part._replace(head=_row_major(part.head))
+        with _on(hidden):
+            if into.hidden is not None:
+                self._grad_hidden(part, state, g, into.hidden)
+            if into.weight is not None or into.bias is not None:
+                if hidden.stride(1) != 1:
+                    part = part._replace(hidden=hidden.contiguous())
+                coefficients = -part.head.logit_scale * state.inv_denom * g
+                if state.exp_logits is None:
+                    self._recompute(part, state, coefficients, into[1:])
                 else:
-                    assert result.unit is not None  # asked of forward where E is not kept
-                    grad, label = result.unit[part], (result.entry[part], head.weight, targets[part])
-                a, b = result.inverse[part], None if grad_logps is None else grad_logps[part]
-                if shared:  # two terms at most meet in a row, so their order cannot change the sum
-                    kernels.rows.rows(grad, grad, -head.logit_scale, a, b, label=label)
-                    out.index_add_(0, rows[part], grad.to(out.dtype))
-                else:
-                    kernels.rows.rows(grad, out, -head.logit_scale, a, b, out_rows=rows[part], label=label)
-                del grad  # before the next chunk's is allocated
-
-    def scale_rows(self, out: Tensor, rows: Tensor, factors: Tensor) -> None:
-        with self._on(out):
-            kernels.rows.rows(out, out, 1.0, factors, source_rows=rows, out_rows=rows)
-
-    def grad_head(
-        self,
-        result: Forward,
-        hidden: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        grad_logps: Tensor,
-        grad_weight: Tensor | None,
-        grad_bias: Tensor | None,
-        *,
-        accumulate: bool,
-        room: int,
-    ) -> None:
-        head, grads = _row_major(head), (grad_weight, grad_bias)
-        if targets.numel() == 0:
-            for grad in grads:
-                if grad is not None and not accumulate:
-                    grad.zero_()
-            return
-        if hidden.stride(1) != 1:
-            hidden = hidden.contiguous()
-        coefficients = -head.logit_scale * result.inverse * grad_logps
-        with self._on(hidden):
-            if result.exps is not None:
-                self._head_product(result.exps, hidden, rows, coefficients, grads, accumulate, room)
-            else:
-                self._recompute(result, hidden, rows, targets, head, coefficients, grads, room)
+                    self._head_product(state.exp_logits, part, coefficients, into[1:], accumulate, part.scratch)
 
     def scale(self, values: Tensor, by: Tensor) -> None:
-        with self._on(values):
+        with _on(values):
             kernels.rows.scale(values, by)
 
     # Parts of them.
 
-    def _forward_rows(
-        self, hidden: Tensor, ids: Tensor, head: Head, result: Forward, mean_weight: Tensor | None, room: int
-    ) -> None:
-        """``forward`` for rows that were gathered."""
-        (n, _), vocab, grad_logp_hidden = hidden.shape, head.vocab, result.unit
-        if n == 0:
+    def _grad_hidden(self, part: Part, state: _State, g: Tensor, out: Tensor) -> None:
+        rows, (n, features), head = part.rows, (g.numel(), out.shape[1]), part.head
+        if state.exp_logits is None:
+            if state.grad_logp_hidden is None:
+                kernels.rows.rows(out, out, 1.0, g, source_rows=rows, out_rows=rows)
+            else:  # two terms at most meet in a row, so their order cannot change the sum
+                kernels.rows.rows(state.grad_logp_hidden, state.grad_logp_hidden, 1.0, g)
+                out.index_add_(0, rows, state.grad_logp_hidden)
             return
+        for of in _chunks(n, part.scratch // (4 * features)):
+            product = g.new_empty((of.stop - of.start, features))
+            times_head(product, state.exp_logits[of], head.weight, accumulate=False)  # the label's entry stands in it
+            a, b = state.inv_denom[of], g[of]
+            if part.shared_rows:
+                kernels.rows.rows(product, product, -head.logit_scale, a, b)
+                out.index_add_(0, rows[of], product.to(out.dtype))
+            else:
+                kernels.rows.rows(product, out, -head.logit_scale, a, b, out_rows=rows[of])
+            del product  # before the next chunk's is allocated
+
+    def _forward_rows(
+        self, part: Part, state: _State, logps: Tensor, means: Tensor | None, product: bool
+    ) -> Tensor | None:
+        """``forward`` of one chunk of rows; the sum of ``E_v W_v`` over v != y ``[n, H]`` if ``product``."""
+        ids, head, vocab = part.ids, part.head, part.head.vocab
+        hidden = part.hidden.index_select(0, part.rows)
+        n = hidden.shape[0]
+        if n == 0:
+            return None
         label, sum_exp = torch.empty((2, n), dtype=torch.float32, device=hidden.device)
         overflowed = torch.empty(n, dtype=torch.int32, device=hidden.device)
-        shift, label_entry, means = result.shift, result.entry, result.logit_means
-        kernels.rows.label(hidden, ids, head, mean_weight, label, label_entry, shift, sum_exp, means)
-        width, of_slice = vocab, None
-        if grad_logp_hidden is not None:
-            width = _slice_width(n * self.kept_itemsize(hidden.dtype), vocab, room)
-            of_slice = _new_exp_logits(n, width, hidden)
+        shift, label_entry = state.shift, state.label_entry
+        kernels.rows.label(hidden, ids, head, part.mean_weight, label, label_entry, shift, sum_exp, means)
+        width, of_slice, total = vocab, None, None
+        if product:
+            width = _slice_width(n * _exp_dtype(hidden.dtype).itemsize, vocab, part.scratch)
+            of_slice, total = _new_exp_logits(n, width, hidden), logps.new_empty(hidden.shape)
         block = self._choose(hidden, head)[1].block_v
         sums = label.new_empty((-(-width // block), n))
         logit_sums = torch.empty_like(sums) if means is not None and head.softcap is not None else None
         for tokens in slices(vocab, width):
             size = tokens.stop - tokens.start
-            exp_logits = result.exps if of_slice is None else of_slice[:, :size]
+            exp_logits = state.exp_logits if of_slice is None else of_slice[:, :size]
             self._exp_logits(hidden, ids, head, shift, tokens, exp_logits, sums, logit_sums)
             tiles = -(-size // block)
             kernels.rows.reduce_tiles(sums, logit_sums, sum_exp, means, overflowed, tiles, OVERFLOW_ABOVE, 1 / vocab)
             found = kernels.exp_gemm.recompute_overflowed(hidden, ids, head, shift, overflowed, tokens, exp_logits)
-            before = grad_logp_hidden if tokens.start else None  # nothing is in it yet
+            before = total if tokens.start else None  # nothing is in it yet
             kernels.rows.rescale(*found, sum_exp, shift, overflowed, before)
-            if grad_logp_hidden is not None and exp_logits is not None:
-                times_head(grad_logp_hidden, exp_logits, head.weight[tokens], accumulate=tokens.start > 0)
-        kernels.rows.finalize(label, shift, sum_exp, result.logps, result.inverse, label_entry)
-        if result.exps is not None:
-            kernels.rows.label_entries(result.exps, label_entry, ids, 0)
+            if total is not None and exp_logits is not None:
+                times_head(total, exp_logits, head.weight[tokens], accumulate=tokens.start > 0)
+        kernels.rows.finalize(label, shift, sum_exp, logps, state.inv_denom, label_entry)
+        if state.exp_logits is not None:
+            kernels.rows.label_entries(state.exp_logits, label_entry, ids, 0)
+        return total
 
     def _exp_logits(
         self,
@@ -319,60 +277,46 @@ class TritonBackend:
             kernels.exp_gemm.exp_pass(tile, logits, ids, head, shift, first, out, own_sums, own_logit_sums)
 
     def _head_product(
-        self,
-        exp_logits: Tensor,
-        hidden: Tensor,
-        rows: Tensor,
-        coefficients: Tensor,
-        grads: tuple[Tensor | None, Tensor | None],
-        accumulate: bool,
-        room: int,
-    ) -> None:
+        self, exp_logits: Tensor, part: Part, coefficients: Tensor, grads: Sequence[Tensor | None], accumulate: bool,
+        scratch: int,
+    ) -> None:  # fmt: skip
         """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
-        (n, features), (grad_weight, grad_bias) = (rows.numel(), hidden.shape[1]), grads
+        (n, features), (grad_weight, grad_bias) = (part.rows.numel(), part.hidden.shape[1]), grads
         if grad_weight is not None:
-            # By columns, so that a small room still serves any number of scores; E is read once for each.
-            most = max(room // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
+            # By columns, so that little scratch still serves any number of targets; E is read once for each.
+            most = max(scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
             columns = -(-features // -(-features // most))
             for of in slices(features, -(-columns // 64) * 64):
                 scaled = exp_logits.new_empty((n, of.stop - of.start))
-                kernels.rows.rows(hidden[:, of], scaled, 1.0, coefficients, source_rows=rows)
+                kernels.rows.rows(part.hidden[:, of], scaled, 1.0, coefficients, source_rows=part.rows)
                 product(grad_weight[:, of], exp_logits.T, scaled, accumulate=accumulate)
                 del scaled  # before the next slice's is allocated
         if grad_bias is not None:
             column = coefficients.to(exp_logits.dtype)[:, None]
             product(grad_bias[:, None], exp_logits.T, column, accumulate=accumulate)
 
-    def _recompute(
-        self,
-        result: Forward,
-        hidden: Tensor,
-        rows: Tensor,
-        ids: Tensor,
-        head: Head,
-        coefficients: Tensor,
-        grads: tuple[Tensor | None, Tensor | None],
-        room: int,
-    ) -> None:
+    def _recompute(self, part: Part, state: _State, coefficients: Tensor, grads: Sequence[Tensor | None]) -> None:
         """The head's gradients slice by slice, each written once in its final dtype, from E computed again."""
-        features, itemsize = hidden.shape[1], self.kept_itemsize(hidden.dtype)
-        parts = list(_chunks(rows.numel(), self.rows_at_once(features, room)))
-        several, most = len(parts) > 1, parts[0].stop
+        hidden, head, room = part.hidden, part.head, part.scratch
+        features, itemsize = hidden.shape[1], _exp_dtype(hidden.dtype).itemsize
+        chunks = list(_chunks(part.rows.numel(), _chunk_rows(features, room)))
+        several, most = len(chunks) > 1, chunks[0].stop
         width = _slice_width(most * itemsize + (4 * features if several else 0), head.vocab, room)
-        left = max(room - width * most * itemsize, self.least_room)
+        left = max(room - width * most * itemsize, self.least_scratch)
         buffer = _new_exp_logits(most, width, hidden)
-        gathered = None if several else hidden.index_select(0, rows)
+        gathered = None if several else hidden.index_select(0, part.rows)
         for tokens in slices(head.vocab, width):
-            final = tuple(None if grad is None else grad[tokens] for grad in grads)
+            final = [None if grad is None else grad[tokens] for grad in grads]
             sums = final
             if several:
-                sums = tuple(None if g is None else torch.empty_like(g, dtype=torch.float32) for g in final)
-            for part in parts:
-                some = hidden.index_select(0, rows[part]) if gathered is None else gathered
+                sums = [None if g is None else torch.empty_like(g, dtype=torch.float32) for g in final]
+            for of in chunks:
+                chunk = part._replace(rows=part.rows[of], ids=part.ids[of])
+                some = hidden.index_select(0, chunk.rows) if gathered is None else gathered
                 exp_logits = buffer[: some.shape[0], : tokens.stop - tokens.start]
-                self._exp_logits(some, ids[part], head, result.shift[part], tokens, exp_logits, None, None)
-                kernels.rows.label_entries(exp_logits, result.entry[part], ids[part], tokens.start)
-                self._head_product(exp_logits, hidden, rows[part], coefficients[part], sums, part.start > 0, left)  # type: ignore[arg-type]
+                self._exp_logits(some, chunk.ids, head, state.shift[of], tokens, exp_logits, None, None)
+                kernels.rows.label_entries(exp_logits, state.label_entry[of], chunk.ids, tokens.start)
+                self._head_product(exp_logits, chunk, coefficients[of], sums, of.start > 0, left)
             for grad, total in zip(final, sums, strict=True):
                 if several and grad is not None and total is not None:
                     grad.copy_(total)
@@ -385,18 +329,19 @@ class TritonBackend:
         )
         return row.choose(aligned=aligned, biased=head.bias is not None, capped=head.softcap is not None)
 
-    def _on(self, tensor: Tensor) -> AbstractContextManager[Any]:
-        """Kernels start on the current device, which need not be the tensors'."""
-        return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
-def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+def _exp_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def _new_exp_logits(n: int, vocab: int, like: Tensor) -> Tensor:
     """Room for E ``[n, V]``; rows begin at multiples of 128 bytes, as TMA and fast products ask."""
-    dtype = _kept_dtype(like.dtype)
+    dtype = _exp_dtype(like.dtype)
     stride = -(-vocab * dtype.itemsize // 128) * 128 // dtype.itemsize
     return torch.empty((n, stride), dtype=dtype, device=like.device)[:, :vocab]
 
@@ -405,7 +350,12 @@ def _row_major(head: Head) -> Head:
     """The head with features next to each other; a weight that is a transposed view is copied."""
     if head.weight.stride(1) == 1:
         return head
-    return Head(head.weight.contiguous(), head.bias, head.logit_scale, head.softcap)
+    return head._replace(weight=head.weight.contiguous())
+
+
+def _chunk_rows(features: int, room: int) -> int:
+    """Rows of one pass that stores no E: gathered rows and their float32 product take half the room, E the other."""
+    return min(max(room // 2 // (8 * features) // CHUNK_ROWS, 1) * CHUNK_ROWS, STREAM_ROWS)
 
 
 def _sums_bytes(vocab: int, capped: bool) -> int:

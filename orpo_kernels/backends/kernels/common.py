@@ -20,13 +20,14 @@ from torch import Tensor
 # Triton compiles anew for another divisibility of a size or another alignment of a pointer. Those that follow from the
 # batch or from where a slice of it begins are left out of that, so that no batch compiles anything new.
 ANY_BATCH = {
-    "do_not_specialize": ["N", "V", "first", "tiles", "pairs", "base", "size", "ignore"],
+    "do_not_specialize": [
+        "N", "V", "first", "tiles", "pairs", "group", "first_pair", "base", "size", "ignore",
+    ],
     "do_not_specialize_on_alignment": [
         "labels_ptr", "nll_labels_ptr", "starts_ptr", "counts_ptr", "rows_ptr", "means_ptr",
         "shift_ptr", "ids_ptr", "sums_ptr", "logit_sums_ptr", "label_ptr", "slope_ptr", "sum_exp_ptr",
         "overflowed_ptr", "maxima_ptr", "logps_ptr", "inv_denom_ptr", "label_entry_ptr", "source_rows_ptr",
-        "out_rows_ptr", "a_ptr", "b_ptr", "answer_weight_ptr", "nll_weight_ptr", "offsets_ptr", "valid_ptr",
-        "coefficients_ptr", "table_ptr",
+        "out_rows_ptr", "a_ptr", "b_ptr", "kind_ptr", "offsets_ptr", "g_ptr", "table_ptr",
     ],
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.backends.kernels.common import ANY_BATCH, _epilogue, _logits, _part, _place, cdiv, launch, stride_of
 from orpo_kernels.backends.kernels.configs import RECOMPUTE, RECOMPUTE_FLOAT32, Tile
-from orpo_kernels.scores import Head
+from orpo_kernels.settings import Head
 
 SPLITS = 16  # programs that a block of overflowed rows is spread over
 

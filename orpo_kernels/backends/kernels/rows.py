@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.backends.kernels.common import ANY_BATCH, _cap, _log1p, cdiv, launch, stride_of
-from orpo_kernels.scores import Head
+from orpo_kernels.settings import Head
 
 VECTOR = 128  # elements of a program that only touches vectors
 REDUCED_ROWS = 32  # rows of a program that reduces something over tiles or splits
