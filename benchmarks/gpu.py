@@ -24,14 +24,22 @@ from rich.table import Table
 from benchmarks import accuracy, machine, race, record, report, targets
 from benchmarks.rows import Check, Record, Row, Spec
 
-SUITE = ("test_accuracy", "test_finite", "test_triton", "test_gpu", "test_plan", "test_surface", "test_compile")
+SUITE = (
+    "test_accuracy",
+    "test_finite",
+    "backends/test_triton",
+    "backends/test_gpu",
+    "test_plan",
+    "test_surface",
+    "test_compile",
+)
 # They need no GPU, and what they measure a busy machine would spoil.
 NO_GPU = (
-    "--deselect=tests/test_triton.py::test_every_kernel_compiles_for_every_chip",
+    "--deselect=tests/backends/test_triton.py::test_every_kernel_compiles_for_every_chip",
     "--deselect=tests/test_surface.py::test_import_is_light",
 )
 # Small on purpose: a sanitizer slows every kernel by one or two orders of magnitude.
-SANITIZED = ("-k", "matches_float64 and triton or lost_rows or odds_ratio")
+SANITIZED = ("-k", "matches_float64 and triton or overflowed_rows or odds_ratio")
 WORKERS = 8
 FAILED = re.compile(r"\b(FAILED|ERROR)\b tests/|^=+ (Error|Invalid)|^E  ")
 STEPS = ("suite", "accuracy", "race", "memcheck", "racecheck")
@@ -53,9 +61,11 @@ def steps(device: torch.device, seconds: float, keep: Callable[[Record], None], 
     tests = [f"tests/{name}.py" for name in SUITE]
     pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     suite = (
-        [*pytest, "tests/test_triton.py", "-k", "two_runs"] if toy else [*pytest, "-n", str(WORKERS), *NO_GPU, *tests]
+        [*pytest, "tests/backends/test_triton.py", "-k", "two_runs"]
+        if toy
+        else [*pytest, "-n", str(WORKERS), *NO_GPU, *tests]
     )
-    sanitized = [*pytest, "tests/test_accuracy.py", "tests/test_triton.py", *SANITIZED]
+    sanitized = [*pytest, "tests/test_accuracy.py", "tests/backends/test_triton.py", *SANITIZED]
     tool = shutil.which("compute-sanitizer") or next(
         (str(path) for path in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
     )

@@ -32,14 +32,14 @@ WARM_UP, REPEATS = 3, 5
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 DEFAULTS = {"cuda": ("llama3-8b", "ultrafeedback"), "cpu": ("small-v32k-cpu", "ragged-small-cpu")}
-SUM_TOKENS = 256  # tokens of the widest shipped tile, whose sums the settle kernel reads one by one
+SUM_TOKENS = 256  # tokens of the widest shipped tile, whose sums reduce_tiles_kernel reads one by one
 
 # A kernel, or on a CPU an operator, belongs to the first step whose pattern its name holds. Products are cuBLAS's
 # (nvjet, cutlass, xmma and gemm names, and what adds their splits), rocBLAS's (Cijk) or ATen's own.
 STEPS: dict[str, str] = {
-    "score": r"score_(tma_)?kernel|exp_pass_kernel|aten::exp",
-    "rescue and settle": r"rescue_kernel|settle_kernel",
-    "label and finish": r"label_kernel|label_entry_kernel|finish_kernel",
+    "score": r"exp_gemm_(tma_)?kernel|exp_pass_kernel|aten::exp",
+    "rescue and settle": r"recompute_overflowed_kernel|rescale_kernel|reduce_tiles_kernel",
+    "label and finish": r"label_kernel|label_entry_kernel|finalize_kernel",
     "odds ratio": r"odds_ratio_kernel",
     "rows": r"\brows_kernel|index_?add|indexFunc|aten::index_put|_index_put",
     "scale": r"scale_kernel",

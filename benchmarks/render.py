@@ -190,7 +190,7 @@ def _compiled() -> str:
     shown = [
         (row.target, row.kernel, row.config, str(row.registers), str(row.shared_bytes), row.tensor_core)
         for row in rows
-        if row.kernel.startswith("score_")
+        if row.kernel.startswith("exp_gemm")
     ]
     said = f"{len(rows)} binaries with triton {rows[0].triton}, {bad} with a problem; these are the score GEMMs.\n\n"
     return said + _markdown(("chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"), shown)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import profile, tune
-from orpo_kernels.backends.triton_configs import Tile, config
+from orpo_kernels.backends.kernels.configs import Tile, config
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 
@@ -96,7 +96,7 @@ def _one(monkeypatch: pytest.MonkeyPatch, **broken: object) -> tune.TuneRow:
 
 
 def test_an_unwritten_entry_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = _one(monkeypatch, _score=lambda *_: None)
+    row = _one(monkeypatch, _exp_logits=lambda *_: None)
     assert (row.status, row.median_ms) == ("wrong", None)
     assert "E has error nan" in row.reason
 
@@ -105,7 +105,7 @@ def test_what_does_not_compile_becomes_a_row(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise ValueError("no such instruction\n" * 100)
 
-    row = _one(monkeypatch, _score=fail)
+    row = _one(monkeypatch, _exp_logits=fail)
     assert row.status == "failed"
     assert row.reason.startswith("ValueError: no such instruction no such")
     assert len(row.reason) <= 300
@@ -152,10 +152,10 @@ def test_steps_are_parts_of_the_call(head: str, tmp_path: Path, capsys: pytest.C
 
 def test_kernels_of_a_gpu_find_their_step() -> None:
     names = {
-        "score_tma_kernel": "score", "exp_pass_kernel": "score", "rescue_kernel": "rescue and settle",
-        "resettle_kernel": "rescue and settle", "settle_kernel": "rescue and settle",
+        "exp_gemm_tma_kernel": "score", "exp_pass_kernel": "score", "recompute_overflowed_kernel": "rescue and settle",
+        "rescale_kernel": "rescue and settle", "reduce_tiles_kernel": "rescue and settle",
         "label_kernel": "label and finish",
-        "label_entry_kernel": "label and finish", "finish_kernel": "label and finish", "rows_kernel": "rows",
+        "label_entry_kernel": "label and finish", "finalize_kernel": "label and finish", "rows_kernel": "rows",
         "odds_ratio_kernel": "odds ratio", "scale_kernel": "scale",
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "products",
         "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>": "products",

@@ -22,19 +22,20 @@ from hypothesis import strategies as st
 
 from orpo_kernels import explain, orpo_loss, targets
 from orpo_kernels.backends import Found, GivenPairs, kernels, products, select, triton_backend
-from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.backends.kernels.configs import Config, Tile, config
 from orpo_kernels.backends.torch_backend import TorchBackend
+from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.settings import Head
 from orpo_kernels.targets import ANSWER, NLL, Pairs, Sizes, Targets, label_sizes
 from tests.cases import DEVICE, TRITON_DTYPES, Case, check, make
+from tests.test_plan import LargestTensor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
-def small_pieces() -> Any:
-    """Pieces, slices and chunks so small that small inputs have many of each."""
+def small_chunks() -> Any:
+    """Chunks, slices and columns so small that small inputs have many of each."""
     return mock.patch.multiple(
         triton_backend, CHUNK_ROWS=8, STREAM_ROWS=8, SLICE_TOKENS=32, PRODUCT_COLUMNS=16, LIBRARY_TILE=4096
     )
@@ -55,18 +56,33 @@ def small_pieces() -> Any:
 )
 @pytest.mark.filterwarnings("ignore:.*an answer without a token")
 def test_any_shape_in_any_form(
-    pairs: int, length: int, features: int, vocab: int, keep: float, seed: int, workspace: int | None,
-    softcap: float | None, bias: bool, form: Any,
-) -> None:  # fmt: skip
+    pairs: int,
+    length: int,
+    features: int,
+    vocab: int,
+    keep: float,
+    seed: int,
+    workspace: int | None,
+    softcap: float | None,
+    bias: bool,
+    form: Any,
+) -> None:
     case = make(
-        torch.float32, pairs=pairs, length=length, features=features, vocab=vocab, keep=keep, seed=seed,
-        softcap=softcap, bias=bias,
-    )  # fmt: skip
+        torch.float32,
+        pairs=pairs,
+        length=length,
+        features=features,
+        vocab=vocab,
+        keep=keep,
+        seed=seed,
+        softcap=softcap,
+        bias=bias,
+    )
     tile = Tile(64, 64, 32, stages=2, group_v=2, parts=2)  # float32 operands of the shipped tiles fit no chip
     on_chip = Config(form, tile, tile, tile, tile)
     asked = on_chip if DEVICE.type == "cuda" else config("interpreter", torch.float32)._replace(form=form)
     with (
-        small_pieces(),
+        small_chunks(),
         mock.patch.object(TritonBackend, "least_scratch", 0),
         mock.patch.object(triton_backend, "config", return_value=asked),
     ):
@@ -76,7 +92,7 @@ def test_any_shape_in_any_form(
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("workspace", [None, 1])
 @pytest.mark.parametrize("features", [64, 37])
-def test_lost_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | None, features: int) -> None:
+def test_overflowed_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | None, features: int) -> None:
     """The best logit stands in the last slice, after the sums and products of earlier ones were formed."""
     case = make(dtype, features=features, vocab=200, keep=1.0)
     with torch.no_grad():
@@ -87,7 +103,7 @@ def test_lost_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | None, f
         case.labels[(case.labels == 190) | (case.labels == 70)] = 8
         case.labels[0, 0] = 190
     case.backend = "triton"
-    with small_pieces(), mock.patch.object(TritonBackend, "least_scratch", 0):
+    with small_chunks(), mock.patch.object(TritonBackend, "least_scratch", 0):
         check(case, workspace_bytes=workspace)
         case.weight.requires_grad_(False)
         check(case, workspace_bytes=workspace)
@@ -180,7 +196,7 @@ def test_odds_ratio_kernel(lengths: list[int], level: float, by_sequence: bool, 
     keep=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
 )
 def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> None:
-    """The two launches give the targets of torch's sort, in its order, for ranges past a block and two targets a row."""
+    """The two launches give the targets of torch's sort, in its order, past a block and with two targets a row."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [length * (60 if seed % 5 == 0 else 1) for length in lengths]
     n = sum(lengths)
@@ -208,15 +224,17 @@ def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> 
 def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     """The label's entry of the last row lands in its place in an E of more than 2^31 entries, in a sparse file."""
     vocab, n = 70_001, 30_720
-    exps = torch.from_file(str(tmp_path / "exps"), shared=True, size=n * vocab, dtype=torch.bfloat16).view(n, vocab)
-    assert exps.numel() > 2**31
+    exp_logits = torch.from_file(str(tmp_path / "exps"), shared=True, size=n * vocab, dtype=torch.bfloat16).view(
+        n, vocab
+    )
+    assert exp_logits.numel() > 2**31
     if DEVICE.type == "cuda":
-        exps = torch.zeros_like(exps, device=DEVICE)
+        exp_logits = torch.zeros_like(exp_logits, device=DEVICE)
     last = slice(n - 200, n)
-    targets = torch.arange(n, device=DEVICE) % vocab
+    ids = torch.arange(n, device=DEVICE) % vocab
     entry = torch.arange(n, dtype=torch.float32, device=DEVICE) % 251 + 1
-    kernels.rows.label_entries(exps, entry, targets, 0)
-    found = exps[last].gather(1, targets[last, None]).view(-1)
+    kernels.rows.label_entries(exp_logits, entry, ids, 0)
+    found = exp_logits[last].gather(1, ids[last, None]).view(-1)
     assert torch.equal(found, entry[last].to(torch.bfloat16))
 
 
@@ -233,14 +251,22 @@ def test_empty_batches_of_scores() -> None:
         assert all((grad == 0).all() for grad in case.grads(loss).values())
 
 
-def test_scratch_stays_within_the_plan() -> None:
+@pytest.mark.parametrize("trained", ["head", "hidden", "both"])
+def test_scratch_stays_within_the_plan(trained: str) -> None:
     """A small workspace bounds the slices: nothing as large as E is ever allocated."""
     case = make(torch.float32, pairs=2, length=20, features=16, vocab=4000, keep=1.0)
-    case.backend = "triton"
+    case.hidden.requires_grad_(trained != "head")
+    case.weight.requires_grad_(trained != "hidden")
+    exp_logits = 80 * 4000 * 4
     with mock.patch.object(TritonBackend, "least_scratch", 0):
-        plan = explain(case.hidden, case.weight, case.labels, backend="triton", workspace_bytes=1)
-    assert plan.name == "recompute"
-    assert plan.bytes < 80 * 4000 * 4
+        arguments: dict[str, Any] = {"backend": "triton", "workspace_bytes": 1}
+        plan = explain(case.hidden, case.weight, case.labels, **arguments)
+        with LargestTensor() as seen:
+            case.ours(**arguments).loss.backward()
+    assert plan.name == ("frozen" if trained == "hidden" else "recompute")
+    inputs = 4000 * 16 * 4  # the largest of them and of the gradients
+    assert seen.largest <= max(inputs, plan.bytes)
+    assert max(inputs, plan.bytes) < exp_logits
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="says what a machine without a GPU is told")
@@ -281,21 +307,21 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(file.read_text())
     assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_90", "sm_100", "gfx942"}
-    names = {name for module in ("score", "rows") for name in _kernels(module)}
+    names = {name for module in ("exp_gemm", "rows", "pairs") for name in _kernels(module)}
     for target in {row["target"] for row in rows}:
         mine = [row for row in rows if row["target"] == target]
-        assert names - {row["kernel"] for row in mine} <= {"score_tma_kernel"}  # chips without TMA
+        assert names - {row["kernel"] for row in mine} <= {"exp_gemm_tma_kernel"}  # chips without TMA
         assert all(row["spill_bytes"] == 0 and row["shared_bytes"] <= row["shared_limit"] for row in mine)
         assert all(row["tensor_core"] for row in mine if row["wants_tensor_core"])
     assert names == {row["kernel"] for row in rows if row["target"] == "sm_90"}
     best = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}
     for row in rows:
-        if row["target"] in best and row["kernel"] == "score_tma_kernel":
+        if row["target"] in best and row["kernel"] == "exp_gemm_tma_kernel":
             assert row["tensor_core"] == best[row["target"]]
 
 
 def _kernels(module: str) -> set[str]:
-    text = (ROOT / "orpo_kernels" / "backends" / f"triton_{module}.py").read_text()
+    text = (ROOT / "orpo_kernels" / "backends" / "kernels" / f"{module}.py").read_text()
     return {line[4:].split("(")[0] for line in text.splitlines() if line.startswith("def ") and "_kernel(" in line}
 
 
@@ -304,15 +330,17 @@ def _kernels(module: str) -> set[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products_into_float32(dtype: torch.dtype, accumulate: bool, wide: bool) -> None:
     """E of any dtype against a head of any, with and without torch's wider sum."""
-    exps = torch.rand(5, 40, device=DEVICE).to(dtype if dtype == torch.bfloat16 else torch.float32)
+    exp_logits = torch.rand(5, 40, device=DEVICE).to(dtype if dtype == torch.bfloat16 else torch.float32)
     weight, out = torch.randn(40, 7, device=DEVICE).to(dtype), torch.randn(5, 7, device=DEVICE)
     before = out.double() if accumulate else torch.zeros_like(out, dtype=torch.float64)
-    expected = before + exps.double() @ weight.double()
+    expected = before + exp_logits.double() @ weight.double()
     with mock.patch.object(products, "_adds_wide", return_value=wide), mock.patch.object(products, "LIBRARY_TILE", 64):
-        products.times_head(out, exps, weight, accumulate=accumulate)
+        products.times_head(out, exp_logits, weight, accumulate=accumulate)
     # Forty float32 roundings, and one to the operands' dtype where torch has no wider product.
-    size = before.abs() + exps.double() @ weight.double().abs()
-    assert ((out - expected).abs() <= (40 * torch.finfo(torch.float32).eps + torch.finfo(exps.dtype).eps) * size).all()
+    size = before.abs() + exp_logits.double() @ weight.double().abs()
+    assert (
+        (out - expected).abs() <= (40 * torch.finfo(torch.float32).eps + torch.finfo(exp_logits.dtype).eps) * size
+    ).all()
 
 
 def test_heads_keep_their_settings_when_copied() -> None:
