@@ -31,27 +31,30 @@ class Packed(NamedTuple):
 
     tensors: list[Tensor]
     text: str
-    floats: list[float]
+    floats: (
+        Tensor  # float64, on the CPU: the compiler makes a constant of a number, and a variable of a tensor's factor
+    )
     ints: list[int]
 
 
 def pack(head: Head, batch: Batch, settings: Settings) -> Packed:
     """Everything but hidden, weight and bias, which autograd tracks; the compiler traces this."""
-    packed = Packed([], "", [], [])
-    words = []
+    words, tensors, ints = [], [], []
+    one = torch.ones((), dtype=torch.float64)
+    floats = [torch.zeros((), dtype=torch.float64)]
     for value in (*head[2:], *batch, *_parts(settings.objective), *settings[1:]):
         if value is None:
             words.append("none")
         elif isinstance(value, Tensor):
-            packed.tensors.append(value)
+            tensors.append(value)
             words.append("tensor")
         elif isinstance(value, bool):
             words.append("true" if value else "false")
         elif isinstance(value, float):
-            packed.floats.append(value)
+            floats.append(one * value)
             words.append("float")
         elif isinstance(value, int):
-            packed.ints.append(value)
+            ints.append(value)
             words.append("int")
         elif isinstance(value, str):
             words.append("=" + value)
@@ -60,12 +63,16 @@ def pack(head: Head, batch: Batch, settings: Settings) -> Packed:
                 f"inside torch.compile settings must be numbers, strings or None, got {type(value).__name__}: call the "
                 "loss outside the compiled region"
             )
-    return packed._replace(text="\n".join(words))
+    return Packed(tensors, "\n".join(words), torch.stack(floats), ints)
 
 
-def unpack(weight: Tensor, bias: Tensor | None, packed: Packed) -> tuple[Head, Batch, Settings]:
-    """The values that ``pack`` was given."""
-    tensors, floats, ints = iter(packed.tensors), iter(packed.floats), iter(packed.ints)
+def unpack(weight: Tensor, bias: Tensor | None, packed: Packed, *, build: bool = True) -> tuple[Head, Batch, Settings]:
+    """The values that ``pack`` was given; without ``build`` the objective's class stands for it.
+
+    The compiler's numbers have no value yet.
+    """
+    tensors, ints = iter(packed.tensors), iter(packed.ints)
+    floats = iter(packed.floats[1:].tolist() if build else packed.floats[1:])
     fixed = {"none": None, "true": True, "false": False}
     ahead = {"tensor": tensors, "float": floats, "int": ints}
     values: list[Any] = [
@@ -76,7 +83,10 @@ def unpack(weight: Tensor, bias: Tensor | None, packed: Packed) -> tuple[Head, B
     batch = Batch(*(values.pop(0) for _ in Batch._fields))
     rest = len(Settings._fields) - 1
     name, *numbers = values[: len(values) - rest]
-    return head, batch, Settings(_objective(name, numbers), *values[len(values) - rest :])
+    objective: Any = _exported(name) if name else None
+    if name and name.endswith(":") and build:
+        objective = objective(*numbers)
+    return head, batch, Settings(objective, *values[len(values) - rest :])
 
 
 def _parts(objective: Any) -> list[Any]:
@@ -85,14 +95,12 @@ def _parts(objective: Any) -> list[Any]:
         return [None]
     if hasattr(objective, "__dataclass_fields__"):
         kind = type(objective)
-        return [f"{kind.__module__}:{kind.__qualname__}:", *(getattr(objective, n) for n in kind.__dataclass_fields__)]
-    return [f"{objective.__module__}:{objective.__qualname__}"]
+        return [f"{kind.__module__}:{kind.__qualname__}:", *(getattr(objective, n) for n in kind.__match_args__)]
+    return [f"{objective.__module__}:{objective.__name__}"]
 
 
-def _objective(name: str | None, numbers: list[Any]) -> Any:
-    if name is None:
-        return None
-    module, path, *dataclass = name.split(":")
+def _exported(name: str) -> Any:
+    module, path, *_ = name.split(":")
     found: Any = importlib.import_module(module)
     for step in path.split("."):
         if not hasattr(found, step):
@@ -101,13 +109,21 @@ def _objective(name: str | None, numbers: list[Any]) -> Any:
                 f"but {module} has no {path}: define it at the top of the module, or call the loss outside"
             )
         found = getattr(found, step)
-    return found(*numbers) if dataclass else found
+    return found
 
 
 def _run(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Sequence[bool]) -> Any:
     call = prepare(hidden, head, batch, settings, Needs(*needs)).call()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), _autograd_again(), torch.no_grad():
         return call, *run(call, hidden.reshape(-1, head.features), head)
+
+
+def _autograd_again() -> Any:
+    """An operator runs below autograd, which the derivatives of an objective in plain torch are taken by."""
+    excluded = torch._C._dispatch_tls_local_exclude_set() - torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutogradFunctionality
+    )
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _or_empty(hidden: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -134,12 +150,12 @@ def preference_operator(
     bias: Tensor | None,
     tensors: Sequence[Tensor],
     text: str,
-    floats: Sequence[float],
+    floats: Tensor,
     ints: Sequence[int],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """``engine.Losses``, and gradients for an upstream gradient of 1 (empty where not needed)."""
-    values = unpack(weight, bias, Packed(list(tensors), text, list(floats), list(ints)))
+    values = unpack(weight, bias, Packed(list(tensors), text, floats, list(ints)))
     call, losses, grads = _run(hidden, *values, needs)
     warn_skipped(call.targets)
     return [*(value.clone() for value in losses), *_or_empty(hidden, grads)]
@@ -152,11 +168,12 @@ def _(
     bias: Tensor | None,
     tensors: Sequence[Tensor],
     text: str,
-    floats: Sequence[float],
+    floats: Tensor,
     ints: Sequence[int],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    _, batch, settings = unpack(weight, bias, Packed(list(tensors), text, list(floats), list(ints)))
+    packed = Packed(list(tensors), text, floats, list(ints))
+    _, batch, settings = unpack(weight, bias, packed, build=False)
     pairs = hidden.shape[0] // 2 if batch.cu_seqlens is None else (batch.cu_seqlens.shape[0] - 1) // 2
     metrics, acc = len(metric_names(settings.objective)), acc_dtype(hidden.dtype)
     shapes = ((), (4 + metrics,), (len(PAIR_ROWS) + 1 + metrics, pairs))
@@ -190,13 +207,13 @@ def logprobs_operator(
     bias: Tensor | None,
     tensors: Sequence[Tensor],
     text: str,
-    floats: Sequence[float],
+    floats: Tensor,
     ints: Sequence[int],
     upstream: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Log-probabilities of the labels; with an upstream gradient of theirs, the three gradients instead."""
-    head, batch, settings = unpack(weight, bias, Packed(list(tensors), text, list(floats), list(ints)))
+    head, batch, settings = unpack(weight, bias, Packed(list(tensors), text, floats, list(ints)))
     call, found, grads = _run(hidden, head, batch, settings, needs)
     if upstream is None:
         return [logps_of(call, found).view(batch.labels.shape)]
@@ -212,7 +229,7 @@ def _(
     bias: Tensor | None,
     tensors: Sequence[Tensor],
     text: str,
-    floats: Sequence[float],
+    floats: Tensor,
     ints: Sequence[int],
     upstream: Tensor | None,
     needs: Sequence[bool],
@@ -223,16 +240,16 @@ def _(
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, bias, tensors, ctx.text, ctx.floats, ctx.ints, *_ = inputs
-    ctx.save_for_backward(hidden, weight, bias, *tensors)
+    hidden, weight, bias, tensors, ctx.text, floats, ctx.ints, *_ = inputs
+    ctx.save_for_backward(hidden, weight, bias, floats, *tensors)
 
 
 def _logprobs_grads(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
-    hidden, weight, bias, *tensors = ctx.saved_tensors
+    hidden, weight, bias, floats, *tensors = ctx.saved_tensors
     needs = [
         bool(ctx.needs_input_grad[place]) and like is not None for place, like in enumerate((hidden, weight, bias))
     ]
-    found = logprobs_operator(hidden, weight, bias, tensors, ctx.text, ctx.floats, ctx.ints, grad_outputs[0], needs)
+    found = logprobs_operator(hidden, weight, bias, tensors, ctx.text, floats, ctx.ints, grad_outputs[0], needs)
     grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     return *grads, [None] * len(tensors), None, None, None, None, None
 

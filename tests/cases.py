@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from orpo_kernels import OrpoOutput, orpo_loss, reference
 
@@ -33,6 +35,19 @@ def assert_as_accurate(name: str, ours: Tensor, naive: Tensor, truth: Tensor, fl
     assert torch.isfinite(ours).all(), name
     mine, theirs = relative(ours, truth), relative(naive, truth)
     assert mine <= max(2 * theirs, floor), f"{name}: error {mine:.2e}, naive {theirs:.2e}, floor {floor:.0e}"
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest storage any operation returned, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
 
 
 @dataclass

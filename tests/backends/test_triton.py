@@ -28,8 +28,7 @@ from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.settings import Head
 from orpo_kernels.targets import ANSWER, NLL, Pairs, Sizes, Targets, label_sizes
-from tests.cases import DEVICE, TRITON_DTYPES, Case, check, make
-from tests.test_plan import LargestTensor
+from tests.cases import DEVICE, TRITON_DTYPES, Case, LargestTensor, check, make
 
 ROOT = Path(__file__).parents[2]
 

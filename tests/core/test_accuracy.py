@@ -74,7 +74,10 @@ def test_any_shape_and_any_chunking(
         softcap=softcap, bias=bias,
     )  # fmt: skip
     # Small tiles and chunks, so that small inputs have many of each.
-    with mock.patch.object(torch_backend, "TILE_ROWS", (64, 64)), mock.patch.object(torch_backend, "CHUNK_ROWS", (7, 7)):
+    with (
+        mock.patch.object(torch_backend, "TILE_ROWS", (64, 64)),
+        mock.patch.object(torch_backend, "CHUNK_ROWS", (7, 7)),
+    ):
         check(case, backend="torch", workspace_bytes=workspace)
 
 

@@ -1,0 +1,229 @@
+"""Losses over pairs for any objective: against float64, against the formulas of their papers, and at the doors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_kernels import objectives, orpo_loss, preference_loss, reference
+from orpo_kernels.objectives import DPO, ORPO, PairLogps, PairTerms, SimPO
+from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, every_run, make
+
+
+def hinge(pairs: PairLogps) -> Tensor:
+    """A user's own: sums, means, lengths and margins in ordinary torch."""
+    assert pairs.margins is not None
+    by_length = (pairs.chosen_length - pairs.rejected_length).abs() / 100
+    return torch.relu(pairs.margins + by_length - pairs.chosen_mean + 0.1 * pairs.rejected_sum)
+
+
+OBJECTIVES: dict[str, Any] = {"orpo": ORPO(0.3), "simpo": SimPO(2.5, 0.3), "dpo": DPO(0.2, 0.1), "own": hinge}
+
+
+def given(case: Case, seed: int = 5) -> dict[str, Tensor]:
+    pairs = case.labels.shape[0] // 2
+    generator = torch.Generator().manual_seed(seed)
+    sums = -20 * torch.rand(2 * pairs, generator=generator)
+    return {"reference_logps": sums.to(DEVICE), "margins": torch.rand(pairs, generator=generator).to(DEVICE)}
+
+
+@every_run
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("workspace", [None, "groups", 1])
+def test_any_objective_in_any_plan(name: str, workspace: Any, backend: str, dtype: torch.dtype) -> None:
+    case = make(dtype, pairs=5, bias=True, vocab=600)
+    if workspace == "groups":
+        workspace = 4 * 600 * 32 + 25 * (600 + 32 * 3) * 4
+    objective, options = OBJECTIVES[name], {**given(case), "nll_weight": 0.5, "bias": case.bias}
+    plain = reference.odds_ratio(0.3) if name == "orpo" else objective
+    truth_case = case.to(torch.float64)
+    truth = reference.preference_loss(
+        truth_case.hidden, truth_case.weight, case.labels, plain, **{**options, "bias": truth_case.bias}
+    )
+    naive = reference.preference_loss(case.hidden, case.weight, case.labels, plain, **options)
+    out = preference_loss(
+        case.hidden, case.weight, case.labels, objective, backend=backend, workspace_bytes=workspace, **options
+    )
+    assert_as_accurate("loss", out.loss, naive["loss"], truth["loss"], VALUE_FLOOR[dtype])
+    assert_as_accurate("sums", out.pairs.chosen_sum, naive["pairs"].chosen_sum, truth["pairs"].chosen_sum, 1e-2)
+    assert torch.equal(out.pairs.chosen_length.double(), truth["pairs"].chosen_length)
+    naive_grads, grads = case.grads(naive["loss"]), case.grads(out.loss)
+    for tensor, expected in truth_case.grads(truth["loss"]).items():
+        assert_as_accurate(f"grad_{tensor}", grads[tensor], naive_grads[tensor], expected, GRAD_FLOOR[dtype])
+
+
+def test_orpo_is_its_own_case_of_a_preference_loss() -> None:
+    case = make(torch.float32, bias=True)
+    inputs = (case.hidden, case.weight, case.labels)
+    one, other = orpo_loss(*inputs, beta=0.3), preference_loss(*inputs, ORPO(0.3))
+    for name in ("loss", "nll_loss", "chosen_rewards", "chosen_logits_mean", "rejected_logits_mean", "valid"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(one.odds_ratio_loss, other.objective_loss)
+    assert torch.equal(one.chosen_logps, other.pairs.chosen_mean)
+    assert torch.equal(one.log_odds_chosen, other.objective_metrics["log_odds_chosen"])
+    theirs = other.metrics()
+    for name, value in one.metrics().items():
+        if not name.startswith("logps/"):  # means of tokens there, sums here
+            assert torch.equal(value, theirs[name]), name
+
+
+def test_formulas_of_the_papers() -> None:
+    pairs = PairLogps(*torch.tensor([[-6.0], [-9.0], [3.0], [4.0]]), *torch.tensor([[-5.0], [-7.0]]))
+    margin = 2.0 * (-6 / 3 + 9 / 4) - 0.5
+    torch.testing.assert_close(SimPO(2.0, 0.5)(pairs), -F.logsigmoid(torch.tensor([margin])))
+    d = 0.1 * ((-6 + 5) - (-9 + 7))
+    torch.testing.assert_close(DPO(0.1)(pairs), -F.logsigmoid(torch.tensor([d])))
+    smoothed = -0.8 * F.logsigmoid(torch.tensor([d])) - 0.2 * F.logsigmoid(torch.tensor([-d]))
+    torch.testing.assert_close(DPO(0.1, 0.2)(pairs), smoothed)
+
+
+@pytest.mark.parametrize("objective", [ORPO(), SimPO(), DPO()], ids=str)
+def test_closed_forms_agree_with_autograd_and_extremes_are_finite(objective: Any) -> None:
+    levels = -torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 0.5, 3.0, 40.0, 900.0], dtype=torch.float64)
+    chosen, rejected = (grid.reshape(-1) for grid in torch.meshgrid(levels, levels, indexing="ij"))
+    length = torch.full_like(chosen, 7.0)
+    pairs = PairLogps(7 * chosen, 7 * rejected, length, length, torch.zeros_like(chosen), torch.zeros_like(chosen))
+    everything = torch.ones_like(chosen, dtype=torch.bool)
+    for dtype in (torch.float64, torch.float32):
+        of = PairLogps(*(None if value is None else value.to(dtype) for value in pairs))
+        terms = objectives.terms_of(objective, of, everything, differentiate=True)
+        for value in (*terms[:3], *terms.metrics):
+            assert torch.isfinite(value).all()
+    if isinstance(objective, ORPO):
+        closed = objectives.terms_of(objective, pairs, everything, differentiate=True)
+        by_autograd = objectives.terms_of(reference.odds_ratio(objective.beta), pairs, everything, differentiate=True)
+        for mine, theirs in zip(closed[:3], by_autograd[:3], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-300)
+
+
+def test_without_a_number_the_nll_weight_is_the_objectives_own() -> None:
+    case = make(torch.float64)
+    inputs = (case.hidden, case.weight, case.labels)
+    for objective, own in ((ORPO(), 1.0), (SimPO(), 0.0)):
+        out = preference_loss(*inputs, objective)
+        torch.testing.assert_close(out.loss, own * out.nll_loss + out.objective_loss)
+        out = preference_loss(*inputs, objective, nll_weight=0.25)
+        torch.testing.assert_close(out.loss, 0.25 * out.nll_loss + out.objective_loss)
+
+
+def test_rewards_and_metrics() -> None:
+    case = make(torch.float32, pairs=3)
+    case.labels[4] = -100
+    extra = given(case)
+    with pytest.warns(UserWarning, match="1 of 3 pairs"):
+        out = preference_loss(case.hidden, case.weight, case.labels, DPO(0.1), **extra)
+    chosen = 0.1 * (out.pairs.chosen_sum - extra["reference_logps"][:3])
+    torch.testing.assert_close(out.chosen_rewards, chosen)
+    assert out.valid.tolist() == [True, False, True]
+    metrics = out.metrics()
+    torch.testing.assert_close(metrics["rewards/chosen"], chosen[[0, 2]].mean())
+    assert not any(value.requires_grad for value in metrics.values())
+    with pytest.warns(UserWarning, match="1 of 3 pairs"):
+        own = preference_loss(case.hidden, case.weight, case.labels, lambda pairs: -pairs.chosen_mean)
+    assert torch.equal(own.chosen_rewards, own.pairs.chosen_sum)  # an objective without rewards of its own
+
+
+def test_skipped_pairs_leave_any_objective_finite() -> None:
+    """What an objective makes of a pair without an answer is NaN here, and does not count."""
+    case = make(torch.float32, pairs=3)
+    case.labels[4] = -100
+    with pytest.warns(UserWarning, match="1 of 3 pairs"):
+        out = preference_loss(
+            case.hidden, case.weight, case.labels, lambda pairs: -pairs.rejected_sum / pairs.rejected_length
+        )
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(grad).all() for grad in case.grads(out.loss).values())
+
+
+@dataclass(frozen=True)
+class AgainstTheMean:
+    """A pair's margin against the batch's mean margin: couples pairs."""
+
+    couples_pairs: bool = True
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        margin = pairs.chosen_sum - pairs.rejected_sum
+        return -F.logsigmoid(margin - margin.mean())
+
+
+def test_an_objective_that_couples_pairs_sees_them_all() -> None:
+    case = make(torch.float64, pairs=6, vocab=600)
+    groups = 25 * (600 + 32 * 3) * 8
+    inputs = (case.hidden, case.weight, case.labels)
+    truth = reference.preference_loss(*inputs, AgainstTheMean())["loss"]
+    out = preference_loss(*inputs, AgainstTheMean(), workspace_bytes=groups)
+    torch.testing.assert_close(out.loss, truth)
+    expected = case.grads(truth)
+    for name, grad in case.grads(out.loss).items():
+        torch.testing.assert_close(grad, expected[name])
+    split = preference_loss(*inputs, AgainstTheMean(couples_pairs=False), workspace_bytes=groups)
+    assert not torch.isclose(split.loss, truth)  # the groups are there, so saying so matters
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no callable": ({"objective": 0.1}, TypeError, "objective must be callable on PairLogps.*got float"),
+    "a mean": (
+        {"objective": lambda pairs: pairs.chosen_sum.mean()},
+        ValueError,
+        r"one loss for each of the 2 pairs, got shape \[\]: do not take their mean",
+    ),
+    "no tensor": ({"objective": lambda _: 1.0}, TypeError, "must return a tensor of losses or PairTerms, got float"),
+    "detached": (
+        {"objective": lambda pairs: -pairs.chosen_sum.detach()},
+        ValueError,
+        "do not depend on chosen_sum, rejected_sum or their means",
+    ),
+    "metrics without names": (
+        {"objective": lambda pairs: PairTerms(*pairs[:3], (pairs.chosen_sum,))},
+        ValueError,
+        "names 0 metrics in metric_names but returned 1",
+    ),
+    "dpo without a reference": ({"objective": DPO()}, ValueError, "needs reference_logps"),
+    "reference of another shape": (
+        {"objective": DPO(), "reference_logps": torch.zeros(2)},
+        ValueError,
+        r"reference_logps must be \[4\], a sum for each sequence, chosen first, got shape \[2\]",
+    ),
+    "reference of integers": (
+        {"objective": DPO(), "reference_logps": torch.zeros(4, dtype=torch.int64)},
+        TypeError,
+        "reference_logps must be a floating-point tensor, got torch.int64",
+    ),
+    "reference with a gradient": (
+        {"objective": DPO(), "reference_logps": torch.zeros(4, requires_grad=True)},
+        ValueError,
+        r"asks for a gradient.*under torch.no_grad\(\)",
+    ),
+    "margins of another shape": (
+        {"objective": SimPO(), "margins": torch.zeros(3)},
+        ValueError,
+        r"margins must be \[2\], one for each pair, got shape \[3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    arguments, error, message = BAD[case]
+    hidden, weight = torch.randn(4, 6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels = torch.zeros(4, 6, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        preference_loss(hidden, weight, labels, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "message"),
+    [
+        (lambda: ORPO(-1.0), "beta must be finite and not negative, got -1.0"),
+        (lambda: SimPO(2.0, float("nan")), "gamma must be finite"),
+        (lambda: DPO(0.1, 0.5), "label_smoothing must be below 0.5, got 0.5"),
+    ],
+)
+def test_bad_numbers_of_an_objective(make_one: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_one()
