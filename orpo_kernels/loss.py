@@ -246,7 +246,7 @@ def orpo_loss(
 
 def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tuple[Losses, PairLogps]:
     """The loss, and what is known of the pairs."""
-    hidden, head = _autocast(hidden, head)
+    hidden, head = _ready(hidden, head)
     if torch.compiler.is_compiling():
         losses = Losses(*operators.preference(hidden, head, batch, settings))
     else:
@@ -300,7 +300,7 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
         """``Head``, ``Batch`` or ``Settings``: their fields are the keywords."""
         return kind(**{field: named[field] for field in kind._fields if field in named})
 
-    hidden, head = _autocast(named["hidden"], values(Head))
+    hidden, head = _ready(named["hidden"], values(Head))
     return prepare(hidden, head, values(Batch), values(Settings)).plan
 
 
@@ -335,7 +335,7 @@ def linear_logprobs(
     Precision: as ``preference_loss``. Three products of the head's size where the exponentials of all labels fit the
     workspace, in which they wait for backward; four where they do not, two with the head frozen, one without gradients.
     """
-    hidden, head = _autocast(hidden, Head(weight, bias, logit_scale, softcap))
+    hidden, head = _ready(hidden, Head(weight, bias, logit_scale, softcap))
     batch, settings = Batch(labels), Settings(None, None, "token", ignore_index, backend, workspace_bytes)
     if torch.compiler.is_compiling():
         return operators.logprobs(hidden, head, batch, settings)
@@ -391,9 +391,11 @@ class OrpoLoss(nn.Module):
         return f"beta={self.beta}, nll_weight={self.nll_weight}, nll_reduction={self.nll_reduction!r}"
 
 
-def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Cast to the autocast dtype, as ``F.linear`` would; float64 is left alone, as autocast leaves it."""
-    device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+def _ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Numbers checked, and tensors cast as autocast would for ``F.linear``; float64 is left alone, as it leaves it."""
+    if not torch.compiler.is_compiling():
+        head = checked_head(head)
+    device = hidden.device.type if isinstance(hidden, Tensor) and not hidden.is_meta else "cpu"
     if not torch.is_autocast_enabled(device):
         return hidden, head
     dtype = torch.get_autocast_dtype(device)

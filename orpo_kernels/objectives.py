@@ -190,10 +190,10 @@ class DPO:
 
 
 def _check_numbers(objective: Any) -> None:
-    """Every field a finite number that is not negative; inside a compiled graph the operator asks again."""
+    """Every field a finite float that is not negative; inside a compiled graph the operator asks again."""
     if not torch.compiler.is_compiling():
         for field in fields(objective):
-            number(field.name, getattr(objective, field.name))
+            object.__setattr__(objective, field.name, number(field.name, getattr(objective, field.name)))
 
 
 def metric_names(objective: Any) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from orpo_kernels.backends import PAIR_ROWS, acc_dtype, grad_dtype
 from orpo_kernels.engine import Losses, late_grads, logps_of, run, warn_skipped
 from orpo_kernels.objectives import metric_names
 from orpo_kernels.prepare import prepare
-from orpo_kernels.settings import Batch, Head, Needs, Settings
+from orpo_kernels.settings import Batch, Head, Needs, Settings, checked_head
 
 
 class Packed(NamedTuple):
@@ -113,6 +113,7 @@ def _exported(name: str) -> Any:
 
 
 def _run(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Sequence[bool]) -> Any:
+    head = checked_head(head)
     call = prepare(hidden, head, batch, settings, Needs(*needs)).call()
     with torch.autocast(hidden.device.type, enabled=False), _autograd_again(), torch.no_grad():
         return call, *run(call, hidden.reshape(-1, head.features), head)

@@ -11,7 +11,7 @@ from orpo_kernels import checks
 from orpo_kernels.backends import Backend, GivenPairs, acc_dtype, select
 from orpo_kernels.engine import Call
 from orpo_kernels.plan import Plan, choose
-from orpo_kernels.settings import Batch, Head, Needs, Settings, checked, checked_head
+from orpo_kernels.settings import Batch, Head, Needs, Settings, checked
 from orpo_kernels.targets import Sizes, Targets, label_sizes, label_targets, pair_sizes
 
 
@@ -41,7 +41,7 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
     """
     objective = settings.objective
     checks.check_tensors(hidden, head, least=1 if objective is None else 2)
-    head, settings = checked_head(head), checked(settings)
+    settings = checked(settings)
     ignore = settings.ignore_index
     checks.check_labels("labels", batch.labels, hidden, expected=hidden.shape[:-1])
     labels = batch.labels.long().reshape(-1).contiguous()

@@ -38,15 +38,19 @@ def assert_as_accurate(name: str, ours: Tensor, naive: Tensor, truth: Tensor, fl
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest storage any operation returned, in bytes."""
+    """The largest storage any operation returned, in bytes, and the next smaller size."""
 
-    largest = 0
+    largest = second = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+                size = tensor.untyped_storage().nbytes()
+                if size > self.largest:
+                    self.largest, self.second = size, self.largest
+                elif size < self.largest:
+                    self.second = max(self.second, size)
         return out
 
 
@@ -147,6 +151,8 @@ def check(case: Case, upstream: float = 1.0, **options: Any) -> None:
             "rejected_logits_mean",
         ):
             error = (getattr(out, name).double() - expected).abs().item()
+            if name.endswith("logits_mean"):
+                size = max(size, VALUE_FLOOR[dtype] * expected.abs().item())
             assert error <= max(2 * (naive[name].double() - expected).abs().item(), size), name
         else:
             assert_as_accurate(name, getattr(out, name), naive[name], expected, VALUE_FLOOR[dtype])

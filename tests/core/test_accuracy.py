@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
-from orpo_kernels.backends import torch_backend
+from orpo_kernels.backends import torch_backend, torch_tiles
 from orpo_kernels.backends.triton_backend import TritonBackend
 from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, check, every_run, make, relative
 
@@ -75,7 +75,7 @@ def test_any_shape_and_any_chunking(
     )  # fmt: skip
     # Small tiles and chunks, so that small inputs have many of each.
     with (
-        mock.patch.object(torch_backend, "TILE_ROWS", (64, 64)),
+        mock.patch.object(torch_tiles, "TILE_ROWS", (64, 64)),
         mock.patch.object(torch_backend, "CHUNK_ROWS", (7, 7)),
     ):
         check(case, backend="torch", workspace_bytes=workspace)

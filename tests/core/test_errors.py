@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_kernels import explain, linear_logprobs, orpo_loss
+from orpo_kernels import OrpoLoss, explain, linear_logprobs, orpo_loss
 
 HIDDEN, WEIGHT, LABELS = torch.randn(4, 6, 8), torch.randn(20, 8), torch.zeros(4, 6, dtype=torch.int64)
 
@@ -56,6 +56,24 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown reduction": ({"nll_reduction": "sum"}, ValueError, "'token' or 'sequence', got 'sum'"),
     "unknown backend": ({"backend": "cuda"}, ValueError, r"must be 'auto' or one of \['torch', 'triton'\], got 'cuda'"),
     "no workspace": ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be a positive number of bytes"),
+    "beta a tensor": ({"beta": torch.tensor(0.1)}, TypeError, r"beta must be a number, got a tensor.*float\(beta\)"),
+    "scale a parameter": (
+        {"logit_scale": torch.nn.Parameter(torch.ones(()))},
+        TypeError,
+        "logit_scale must be a number, got a tensor, whose gradient would be lost.*multiply hidden by it",
+    ),
+    "softcap a string": ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
+    "scale a string": ({"logit_scale": "1"}, TypeError, "logit_scale must be a number, got str"),
+    "ignore index a float": ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, as -100, got float"),
+    "workspace a float": ({"workspace_bytes": 1e9}, ValueError, "workspace_bytes must be a positive number of bytes"),
+    "sparse hidden": ({"hidden": HIDDEN.to_sparse()}, TypeError, "hidden must be a dense, strided tensor.*to_dense"),
+    "nested hidden": (
+        {"hidden": torch.nested.nested_tensor([HIDDEN[0], HIDDEN[1]])},
+        TypeError,
+        "hidden is a nested tensor: pass the packed form, with cu_seqlens",
+    ),
+    "mkldnn weight": ({"weight": WEIGHT.to_mkldnn()}, TypeError, "weight must be a dense, strided tensor"),
+    "meta hidden": ({"hidden": HIDDEN.to("meta")}, ValueError, "hidden is on the meta device"),
     "offsets for padded": ({"cu_seqlens": torch.tensor([0, 3, 6])}, ValueError, "with cu_seqlens hidden must be"),
 }  # fmt: skip
 
@@ -98,3 +116,20 @@ def test_sharded_weight_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"weight is a sharded DTensor.*full_tensor\(grad_placements"):
         orpo_loss(HIDDEN, Sharded(WEIGHT), LABELS)
+
+
+def test_a_module_is_checked_when_it_is_made() -> None:
+    with pytest.raises(ValueError, match="nll_reduction must be 'token' or 'sequence', got 'mean'"):
+        OrpoLoss(nll_reduction="mean")
+    with pytest.raises(ValueError, match="softcap must be finite and positive"):
+        OrpoLoss(softcap=0.0)
+    with pytest.raises(TypeError, match=r"OrpoLoss takes beta, .*; got alpha"):
+        OrpoLoss(alpha=0.1)
+
+
+def test_a_single_position_has_a_log_probability() -> None:
+    weight, hidden = WEIGHT.double(), HIDDEN[0, 0].double()
+    found = linear_logprobs(hidden, weight, torch.tensor(3))
+    torch.testing.assert_close(found, torch.log_softmax(hidden @ weight.T, -1)[3])
+    with pytest.raises(ValueError, match=r"hidden must be \[..., H\], got shape \[\]"):
+        linear_logprobs(hidden.sum(), weight, torch.tensor(3))

@@ -143,3 +143,76 @@ def test_reference_is_finite_too() -> None:
     (grad,) = torch.autograd.grad(out["loss"], logits)
     assert torch.isfinite(out["loss"])
     assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("size", [1.5e4, 3e4, 6e4])
+def test_logits_so_large_that_their_rounding_is_many_nats(
+    dtype: torch.dtype, workspace: int | None, size: float
+) -> None:
+    """A maximum that is itself a rounded product is no maximum: the torch backend, whose products round."""
+    case = make(dtype, features=16, vocab=200, keep=1.0, bias=True)
+    with torch.no_grad():
+        case.hidden[..., 0] = 1.0
+        case.weight[:, 0] = size + 1000 * torch.rand(200, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    case.backend = "torch"
+    assert_finite(case, workspace_bytes=workspace)
+    check(case, workspace_bytes=workspace)
+
+
+def test_two_tokens_at_the_edge_of_bfloat16() -> None:
+    hidden = torch.ones(2, 1, 2, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.tensor([[0.0, 0.0], [32768.0, 127.0]], dtype=torch.bfloat16, device=DEVICE)
+    logps = linear_logprobs(hidden, weight, torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), backend="torch")
+    torch.testing.assert_close(logps, torch.full_like(logps, -32895.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("where", ["rejected answer", "prompt of the nll", "chosen answer"])
+def test_masked_tokens(backend: str, workspace: int | None, where: str) -> None:
+    """A bias of -inf masks its token; where a label is one, nothing else turns NaN.
+
+    In a rejected answer it is the objective's best case: no odds to lower, no gradient. In the NLL alone, or in a
+    chosen answer, the loss is truly infinite and every log-probability and gradient stays what it is.
+    """
+    case = make(torch.float32, vocab=200, keep=1.0, bias=True)
+    masked = 190
+    case.labels[case.labels >= masked] = 3
+    nll_labels = case.labels.clone()
+    with torch.no_grad():
+        case.bias[masked:] = -torch.inf  # type: ignore[index]
+        case.bias[masked - 2] = torch.finfo(torch.float32).min  # type: ignore[index]
+        case.bias[masked - 1] = torch.finfo(torch.float32).min  # type: ignore[index]
+    if where == "rejected answer":
+        case.labels[2, 3] = masked
+    elif where == "chosen answer":
+        case.labels[0, 3] = masked
+    else:
+        nll_labels[0, 0], case.labels[0, 0] = masked, -100
+    case.options["nll_labels"] = nll_labels
+    case.backend = backend
+    out, truth = case.ours(workspace_bytes=workspace), case.to(torch.float64).reference()
+    for name in ("chosen_logps", "rejected_logps", "nll_loss", "odds_ratio_loss", "loss"):
+        torch.testing.assert_close(getattr(out, name).double(), truth[name], rtol=1e-5, atol=1e-6)
+    assert not any(torch.isnan(value).any() for value in out.metrics().values())
+    grads = case.grads(out.loss)
+    truth_case = case.to(torch.float64)
+    expected = truth_case.grads(truth_case.reference()["loss"])
+    for name, grad in grads.items():
+        assert torch.isfinite(grad).all(), name
+        if where != "chosen answer":  # autograd of the plain formula is NaN where a mean is -inf
+            assert relative(grad, expected[name]) < 1e-5, name
+
+
+def test_a_mean_over_huge_biases_does_not_overflow() -> None:
+    case = make(torch.float32, bias=True)
+    with torch.no_grad():
+        case.bias[7:9] = torch.finfo(torch.float32).min  # type: ignore[index]
+    case.labels[(case.labels == 7) | (case.labels == 8)] = 3
+    out = case.ours()
+    assert torch.isfinite(out.chosen_logits_mean)
+    torch.testing.assert_close(
+        out.chosen_logits_mean.double(), case.to(torch.float64).reference()["chosen_logits_mean"]
+    )

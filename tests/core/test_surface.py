@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import orpo_kernels
-from orpo_kernels import OrpoLoss, linear_logprobs, orpo_loss
-from tests.cases import DEVICE, make, relative
+from orpo_kernels import OrpoLoss, explain, linear_logprobs, orpo_loss
+from orpo_kernels.backends import torch_backend
+from orpo_kernels.backends.torch_backend import release
+from tests.cases import DEVICE, LargestTensor, make, relative
 
 
 def test_import_is_light() -> None:
-    """Neither triton nor transformers, and nothing that takes time beside torch."""
+    """Neither triton nor transformers, nor anything else that takes time beside torch."""
     code = (
-        "import time, sys; import torch; start = time.perf_counter(); before = set(sys.modules); import orpo_kernels; "
-        "spent = time.perf_counter() - start; new = {name.split('.')[0] for name in set(sys.modules) - before}; "
-        "heavy = new & {'triton', 'transformers', 'trl', 'accelerate', 'numpy'}; "
-        "assert not heavy, heavy; assert spent < 0.5, spent; print('light')"
+        "import sys, torch; before = set(sys.modules); import orpo_kernels; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "heavy = new & {'triton', 'transformers', 'trl', 'accelerate', 'numpy', 'typer', 'pandas'}; "
+        "assert not heavy, heavy; print('light')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "light", done.stderr
@@ -137,3 +142,95 @@ def test_runs_under_gradient_checkpointing() -> None:
     value = torch.utils.checkpoint.checkpoint(loss, case.hidden, use_reentrant=False)
     for name, grad in case.grads(value).items():
         assert relative(grad, expected[name].double()) < 1e-6
+
+
+@pytest.mark.parametrize("function", [orpo_loss, linear_logprobs])
+def test_second_derivatives_are_refused(function: Any) -> None:
+    case = make(torch.float64)
+    out = function(case.hidden, case.weight, case.labels)
+    loss = out.sum() if function is linear_logprobs else out.loss
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*create_graph=True.*orpo_kernels\.reference"):
+        torch.autograd.grad(loss, case.hidden, create_graph=True)
+
+
+def test_upstream_gradients_of_another_forward_pass_do_not_mix() -> None:
+    """Two calls wait for backward at once, in either order, and E of one is not the other's."""
+    one, other = make(torch.bfloat16, seed=1), make(torch.bfloat16, seed=2)
+    alone = [case.grads(linear_logprobs(case.hidden, case.weight, case.labels).sum()) for case in (one, other)]
+    sums = [linear_logprobs(case.hidden, case.weight, case.labels).sum() for case in (one, other)]
+    for place in (1, 0):
+        for name, grad in (one, other)[place].grads(sums[place]).items():
+            assert torch.equal(grad, alone[place][name])
+
+
+def test_log_probabilities_differentiated_twice_in_a_row() -> None:
+    case = make(torch.float64)
+    for workspace in (None, 1):
+        logps = linear_logprobs(case.hidden, case.weight, case.labels, workspace_bytes=workspace)
+        upstream = torch.randn_like(logps)
+        tensors = [case.hidden, case.weight]
+        first = torch.autograd.grad(logps, tensors, upstream, retain_graph=True)
+        second = torch.autograd.grad(logps, tensors, 3 * upstream)
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(b, 3 * a)
+
+
+def test_memory_kept_between_calls_is_of_use_to_every_call() -> None:
+    """Neither what inference mode made nor a subclass of Tensor stays behind."""
+    case = make(torch.float32)
+    release()
+    with torch.inference_mode():
+        case.ours(backend="torch")
+        linear_logprobs(case.hidden, case.weight, case.labels, backend="torch")
+
+    class Tagged(torch.Tensor):
+        pass
+
+    tagged = case.hidden.detach().as_subclass(Tagged).requires_grad_()
+    orpo_loss(tagged, case.weight, case.labels, backend="torch").loss.backward()
+    assert all(type(kept) is torch.Tensor and not kept.is_inference() for kept in torch_backend._spare.values())
+    case.grads(case.ours(backend="torch").loss)
+
+
+def test_metrics_keep_their_dtype_whatever_the_default_is() -> None:
+    out = make(torch.float64).ours()
+    expected = out.metrics()
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = out.metrics()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in found.items():
+        assert value.dtype == torch.float64, name
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_warning_points_at_the_caller() -> None:
+    case = make(torch.float32)
+    case.labels[0] = -100
+    for call in (case.ours, lambda: OrpoLoss()(case.hidden, case.weight, case.labels)):
+        with pytest.warns(UserWarning, match="1 of 2 pairs") as said:
+            call()
+        assert said[0].filename.endswith(("test_surface.py", "cases.py", "module.py")), said[0].filename
+
+
+def test_scratch_on_a_cpu_is_what_the_plan_says() -> None:
+    """Copies of hidden rows count: with little workspace few rows are copied at once."""
+    case = make(torch.float32, pairs=2, length=2048, features=256, vocab=64, keep=1.0)
+    case.hidden.requires_grad_()
+    for needs in ("head", "frozen"):
+        case.weight.requires_grad_(needs == "head")
+        plan = explain(case.hidden, case.weight, case.labels, backend="torch", workspace_bytes=1)
+        with LargestTensor() as seen:
+            case.ours(backend="torch", workspace_bytes=1).loss.backward()
+        whole = 8192 * 256 * 4
+        assert plan.scratch_bytes == 1024 * 256 * 12
+        assert seen.largest == whole  # the returned gradient, and nothing else as large
+        assert seen.second <= plan.scratch_bytes
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
+def test_any_real_number_is_a_number(value: Any) -> None:
+    case = make(torch.float64)
+    plain = case.ours(beta=0.5, logit_scale=0.5, softcap=0.5)
+    assert torch.equal(case.ours(beta=value, logit_scale=value, softcap=value).loss, plain.loss)
