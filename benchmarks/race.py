@@ -9,15 +9,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import accuracy
 from benchmarks.accuracy import relative_error
 from benchmarks.harness import isolate, machine
-from benchmarks.harness.measure import answer, in_turn, summary, timed
+from benchmarks.harness.measure import in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
 from benchmarks.harness.record import Record, Row, merged
 from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 ACCURACY = "accuracy"
 # Timed calls of one measurement at most, and seconds after which none is begun; three are made in any case, the one
 # whose memory is watched among them.
-EFFORT = {"cpu": {"repeats": 9, "seconds": 25.0}, "cuda": {"repeats": 30, "seconds": 0.6}}
+EFFORT: dict[str, dict[str, Any]] = {"cpu": {"repeats": 9, "seconds": 25.0}, "cuda": {"repeats": 30, "seconds": 0.6}}
 MIN_REPEATS = 3
 WARM_UP = {"cpu": 1, "cuda": 3}
 WRONG_FACTOR = 20  # times the naive implementation's own error
@@ -66,8 +66,9 @@ def measure(rows: Sequence[Row], *, device: str, repeats: int, seconds: float, u
         if time.time() > until:
             return
         provider = PROVIDERS.get(row.provider)
-        row = replace(row, **about, provider_version=provider.version() if provider else torch.__version__)
-        yield (found := answer(row, lambda row=row: _measure(row, place, repeats, seconds)))  # type: ignore[misc]
+        row = row.with_(**about, provider_version=provider.version() if provider else torch.__version__)
+        found = measured(row, _measure, place, repeats, seconds)
+        yield found
         if found.status == "failed":
             return  # an error on a GPU poisons the process; who asked goes on in another
         gc.collect()
@@ -86,11 +87,11 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
             return row
         torch.compiler.reset()  # or the sample's shapes would turn what is timed into a dynamic-shape kernel
     problem = make_problem(case, batch, *inputs)
-    row = replace(row, status="ok", scores=batch.scores, positions=problem.labels.numel())
+    row = row.with_(status="ok", scores=batch.scores, positions=problem.labels.numel())
     if provider is None:  # the floor as an entry of its own: its calls are their own yardstick
         cut, floor = build_floor(problem, row.phase)
         (times,) = in_turn([floor], device, repeats=repeats, least=MIN_REPEATS, seconds=seconds)
-        return replace(row, cut=cut, **summary(times, times))
+        return row.with_(cut=cut, **summary(times, times))
     step = provider.build(problem, row.task)
     losses: list[float] = []
 
@@ -110,10 +111,9 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
     returned = sum(grad.numel() * grad.element_size() for grad in problem.gradients().values()) / MIB
     problem.clear_gradients()
     cut, floor = build_floor(problem, row.phase)
-    limits = {"repeats": repeats - 1, "least": MIN_REPEATS - 1, "seconds": seconds}
-    times, floors = in_turn([call, floor], device, **limits)
-    row = replace(row, cut=cut, **summary([first[0](), *times], floors))
-    return replace(row, loss=losses[-1], peak_mib=max(peak.beyond_mib - returned, 0.0), peak_rss_mib=peak.absolute_mib)
+    times, floors = in_turn([call, floor], device, repeats=repeats - 1, least=MIN_REPEATS - 1, seconds=seconds)
+    row = row.with_(cut=cut, **summary([first[0](), *times], floors))
+    return row.with_(loss=losses[-1], peak_mib=max(peak.beyond_mib - returned, 0.0), peak_rss_mib=peak.absolute_mib)
 
 
 def check(provider: Provider, row: Row, sample: Problem) -> Row:
@@ -125,12 +125,12 @@ def check(provider: Provider, row: Row, sample: Problem) -> Row:
     naive = _errors(NAIVE, row.task, sample, true)
     mine = naive if provider is NAIVE else _errors(provider, row.task, sample, true)
     found = {f"err_{name}": error for name, error in mine.items()}
-    row = replace(row, status="ok", **found, **{f"naive_err_{name}": error for name, error in naive.items()})
+    row = row.with_(status="ok", **found, **{f"naive_err_{name}": error for name, error in naive.items()})
     for name, yardstick in naive.items():
         error = mine.get(name)
         if name != "loss" and not (error is not None and error <= WRONG_FACTOR * yardstick):
             reason = f"gradient of {name} has error {error}, the naive implementation's is {yardstick:.1e}"
-            return replace(row, status="wrong", reason=reason)
+            return row.with_(status="wrong", reason=reason)
     return row
 
 
@@ -139,7 +139,7 @@ def truth(problem: Problem, task: str) -> torch.Tensor:
     inputs = problem.hidden, problem.weight
     if task == "logprobs":
         return objective(problem, task)(reference.linear_logprobs(*inputs, problem.targets, softcap=problem.softcap))
-    options = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
+    options: dict[str, Any] = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
     return reference.orpo_loss(*inputs, problem.labels, **options)["loss"]
 
 

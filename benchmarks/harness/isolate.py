@@ -8,6 +8,7 @@ as soon as it is known, so that what was measured outlives the process. After ``
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import takewhile
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def run(
     with tqdm(total=len(wanted), unit="row") as bar:
         while left:
             first = left[0]
-            group = list(takewhile(lambda row: together(row) == together(first), left))
+            group = list(next(groupby(left, together))[1])
             bar.set_description(" ".join(filter(None, (first.case, first.batch, first.setting, first.provider))))
             now = time.time()
             until = now + (deadline - now) * len(group) / len(left) if fair else deadline
             if now >= until:
-                found = [replace(row, reason=f"the budget of {seconds:.0f} s was used up") for row in group]
+                found = [row.with_(reason=f"the budget of {seconds:.0f} s was used up") for row in group]
             else:
                 found = process(module, group, {**options, "until": until}, 0 if fair else PATIENCE_S)
             rows += found
@@ -103,9 +104,9 @@ def process(module: str, group: Sequence[Row], options: Mapping[str, Any], patie
         if known is None and found and code == 0 and found[-1].status == "failed":
             break  # it ended itself after a failure; who is left gets another process
         if known is None:
-            return [*found, replace(row, status=status, reason=cause)]
+            return [*found, row.with_(status=status, reason=cause)]
         if known.status == "not reached" and code not in (0, None):
-            known = replace(known, reason=f"ended early: {cause}")
+            known = known.with_(reason=f"ended early: {cause}")
         found.append(known)
     return found
 
@@ -118,9 +119,7 @@ def _row(line: str) -> Row | None:
         return None
 
 
-def execute(
-    command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]
-) -> tuple[int | None, str]:
+def execute(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
     """Exit code, None after ``limit`` seconds, and all that was printed. Its own children end with it: they would
     disturb what is timed next."""
     with log.open("w") as sink:
@@ -145,10 +144,10 @@ def execute(
 
 
 def main(module: str, request: str, file: str) -> None:
-    try:  # if the machine runs out of memory, the kernel shall end this process, whose row then says so, and no other
+    # If the machine runs out of memory, the kernel shall end this process, whose row then says so, and no other. There
+    # is no such file outside Linux, where the kernel's own choice has to do.
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    except OSError:
-        pass  # no such file outside Linux, where the kernel's own choice has to do
     asked = json.loads(request)
     rows = [Row(**row) for row in asked["rows"]]
     with Path(file).open("a") as sink:

@@ -6,7 +6,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,10 +71,10 @@ def summary(times: Sequence[float], floors: Sequence[float]) -> dict[str, Any]:
     return {"median_ms": median, **spread, "floor_ms": floor, "ratio": median / floor}
 
 
-def answer(row: Row, work: Callable[[], Row]) -> Row:
-    """``work()``, or ``row`` with the reason why there is no such answer."""
+def measured(row: Row, measure: Callable[..., Row], *arguments: Any) -> Row:
+    """``measure(row, *arguments)``, or the row with the reason why there is no such answer."""
     try:
-        return work()
+        return measure(row, *arguments)
     except Exception as error:  # a row that failed is a result, and the next one is measured all the same
         return failure(row, error)
 
@@ -83,11 +82,11 @@ def answer(row: Row, work: Callable[[], Row]) -> Row:
 def failure(row: Row, error: Exception) -> Row:
     """The row that an error leaves."""
     if isinstance(error, UnsupportedError):
-        return replace(row, status="unsupported", reason=str(error))
+        return row.with_(status="unsupported", reason=str(error))
     if out_of_memory(error):
-        return replace(row, status="out of memory", reason=one_line(error))
+        return row.with_(status="out of memory", reason=one_line(error))
     traceback.print_exception(error)
-    return replace(row, status="failed", reason=f"{type(error).__name__}: {one_line(error)}")
+    return row.with_(status="failed", reason=f"{type(error).__name__}: {one_line(error)}")
 
 
 def out_of_memory(error: Exception) -> bool:

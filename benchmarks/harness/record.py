@@ -1,10 +1,10 @@
-"""One measurement as a row: what is asked for and, once it is answered, what came of it. And the file rows are kept in."""
+"""One measurement as a row: what is asked for and, once answered, what came of it. And the file rows are kept in."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,9 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         return (*self.group, self.provider)
+
+    def with_(self, **changes: Any) -> Row:
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

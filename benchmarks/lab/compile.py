@@ -13,13 +13,15 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
+from benchmarks.report.tables import text
 from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.backends.triton_configs import config
 from orpo_kernels.engine import Job, logprobs_grads, run_logprobs, run_orpo
@@ -47,11 +49,18 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, (r"tcgen05\.mma", r"mma\.sync")),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, (r"v_mfma\w*",)),
 }
+REPORTED = {
+    "target": "target",
+    "kernel": "kernel",
+    "config": "configuration",
+    "registers": "registers",
+    "spill_bytes": "spilled",
+    "shared_bytes": "shared",
+    "tensor_core": "tensor core",
+}
 GEMMS = ("score_tma_kernel", "score_kernel", "rescue_kernel")
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "i1",
-}  # fmt: skip
+FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {**FLOATS, torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 
 
 @dataclass(frozen=True)
@@ -134,31 +143,31 @@ def _jobs(backend: TritonBackend) -> Iterator[tuple[Any, tuple[torch.Tensor, tor
         return hidden, weight, torch.ones(vocab, dtype=dtype) if biased else None
 
     def orpo(
-        dtype: torch.dtype, needs: Needs, workspace: int | None, *, features: int = 128, biased: bool = False,
+        needs: Needs,
+        workspace: int | None,
+        dtype: torch.dtype = torch.bfloat16,
+        features: int = 128,
+        biased: bool = False,
         softcap: float | None = None,
-    ) -> tuple[Any, Any]:  # fmt: skip
+    ) -> tuple[Any, Any]:
         hidden, weight, bias = inputs(dtype, features, biased)
-        job = prepare_orpo(
-            hidden, weight, torch.ones(4, 16, dtype=torch.int64), None, bias, 0.1, 1.0, "token", 1.0, softcap, -100,
-            None, "torch", workspace, needs,
-        )  # fmt: skip
+        settings = 0.1, 1.0, "token", 1.0, softcap, -100, None, "torch", workspace, needs
+        job = prepare_orpo(hidden, weight, torch.ones(4, 16, dtype=torch.int64), None, bias, *settings)
         plan = replace(job.plan, room=max(job.plan.room, 1 << 20))
         return replace(job, backend=backend, plan=plan), (hidden.view(-1, features), weight, bias)
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield orpo(dtype, Needs(True, True, False), None)
+    for dtype in FLOATS:
+        yield orpo(Needs(True, True, False), None, dtype)
     for needs, workspace in ((Needs(True, False, False), None), (nothing, None), (everything, 1)):
-        yield orpo(torch.bfloat16, needs, workspace)
+        yield orpo(needs, workspace)
     # Everything the epilogue can do, rows that are not 16-byte aligned, and a head in several slices.
-    yield orpo(torch.bfloat16, Needs(True, True, False), None, softcap=30.0)
-    yield orpo(torch.bfloat16, everything, None, biased=True)
-    yield orpo(torch.bfloat16, everything, None, biased=True, softcap=30.0)
-    yield orpo(torch.bfloat16, everything, None, biased=True, softcap=30.0, features=99)
+    yield orpo(Needs(True, True, False), None, softcap=30.0)
+    yield orpo(everything, None, biased=True)
+    yield orpo(everything, None, biased=True, softcap=30.0)
+    yield orpo(everything, None, biased=True, softcap=30.0, features=99)
     hidden, weight, _ = inputs(torch.bfloat16, 128, False)
-    job = prepare_logprobs(
-        hidden, weight, torch.ones(4, 16, dtype=torch.int64), None, 1.0, None, -100, "torch", None,
-        Needs(True, True, False),
-    )  # fmt: skip
+    settings = None, 1.0, None, -100, "torch", None, Needs(True, True, False)
+    job = prepare_logprobs(hidden, weight, torch.ones(4, 16, dtype=torch.int64), *settings)
     yield replace(job, backend=backend, room=64 * 2 * 512 * 2), (hidden.view(-1, 128), weight, None)
 
 
@@ -266,3 +275,11 @@ def run(targets: Sequence[str], workers: int | None = None) -> list[CompileRow]:
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work, strict=True)), total=len(work), desc="compile"))
     return sorted(rows, key=lambda row: (row.target, row.kernel, row.config))
+
+
+def report(rows: Sequence[CompileRow]) -> str:
+    """One line a binary; what is wrong with any stands at the end."""
+    found = pd.DataFrame([asdict(row) for row in rows])[list(REPORTED)].rename(columns=REPORTED)
+    bad = [row for row in rows if row.problem]
+    said = [f"{row.target} {row.kernel} {row.config}: {row.problem}" for row in bad]
+    return "\n".join([text(found), *said, f"{len(rows)} binaries, {len(bad)} with a problem"])

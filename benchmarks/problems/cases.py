@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS = ("trainable", "frozen")
 PHASES = ("forward", "full")

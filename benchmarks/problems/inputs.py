@@ -64,9 +64,7 @@ class Problem:
         return replace(self, hidden=copy(self.hidden), weight=copy(self.weight))
 
 
-def make_problem(
-    case: Case, batch: Batch, states: States, dtype: str, head: str, device: torch.device
-) -> Problem:
+def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str, device: torch.device) -> Problem:
     """The same numbers for the same arguments, in every process."""
     generator = torch.Generator(device).manual_seed(0)
     # Drawn in the dtype, so that no float32 copy of the head ever exists.

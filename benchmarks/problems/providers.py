@@ -66,7 +66,9 @@ def objective(problem: Problem, task: str) -> Callable[[Tensor], Tensor]:
         return lambda logps: (logps * (flat if logps.dim() == 1 else upstream)).sum()
 
     def loss(logps: Tensor) -> Tensor:
-        return compose(logps if logps.dim() > 1 else logps.new_zeros(scored.shape).masked_scatter(scored, logps), problem)
+        if logps.dim() == 1:
+            logps = logps.new_zeros(scored.shape).masked_scatter(scored, logps)
+        return compose(logps, problem)
 
     return loss
 

@@ -71,7 +71,11 @@ def gpu_race() -> dict[str, list[Row]]:
             found += rows([case], GPU_BATCHES, HEADS[:1], BF16, evaluated, phases=["forward"])
         return found
 
-    return {"ours": race(ourselves, ("ours", FLOOR)), "others": race(others, ("naive",)), "compiled": race(COMPILED, ())}
+    return {
+        "ours": race(ourselves, ("ours", FLOOR)),
+        "others": race(others, ("naive",)),
+        "compiled": race(COMPILED, ()),
+    }
 
 
 def _more_on_gpu() -> dict[str, list[Row]]:

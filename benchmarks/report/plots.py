@@ -2,94 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.cases import BATCHES
-from benchmarks.providers import FLOOR, NAMES
-from benchmarks.report import groups
-from benchmarks.rows import Row
+from benchmarks.harness.record import Row
+from benchmarks.problems.cases import BATCHES
+from benchmarks.problems.providers import FLOOR, NAMES
+from benchmarks.report.tables import frame, title
 
-COLOURS = {name: plt.get_cmap("tab20")(index % 20) for index, name in enumerate(NAMES)}
-OURS = "#d62728"
-
-
-def colour(provider: str) -> Any:
-    return OURS if provider == "ours" else COLOURS.get(provider, "grey")
+COLOURS = {name: plt.get_cmap("tab20")(index % 20) for index, name in enumerate(NAMES)} | {"ours": "#d62728"}
+OTHERWISE_ALIKE = ["case", "states", "head", "dtype", "phase", "task", "setting"]
 
 
 def plot(rows: Sequence[Row], path: Path, source: str = "") -> None:
     """All panels that the rows can fill, in one PNG whose metadata names the source of its figures."""
-    bars = [row for row in rows if not _is_length(row)]
-    lines = [row for row in rows if _is_length(row)]
-    compared = [(group, [row for row in found if row.ratio is not None]) for group, found in groups(bars)]
-    compared = [(group, found) for group, found in compared if found]
-    growing = _series(lines)
-    count = len(compared) + len(growing)
-    if count == 0:
+    found = frame(row for row in rows if row.median_ms is not None)
+    found["tokens"] = [BATCHES[batch].positions for batch in found.batch]
+    grows = found.batch.str.startswith("length-")
+    compared = [members for _, members in found[~grows].groupby([*OTHERWISE_ALIKE, "batch"], sort=False)]
+    growing = [members for _, members in found[grows].groupby(OTHERWISE_ALIKE, sort=False)]
+    growing = [members for members in growing if members.tokens.nunique() > 1]
+    panels = [(_bars, members) for members in compared] + [(_lines, members) for members in growing]
+    if not panels:
         raise ValueError("no row has a time, so there is nothing to plot")
-    figure, axes = plt.subplots(count, 2, figsize=(11, 3.2 * count), squeeze=False, layout="constrained")
-    for (left, right), (group, found) in zip(axes, compared, strict=False):
-        _bars(left, right, group, found)
-    for (left, right), (group, series) in zip(axes[len(compared) :], growing, strict=True):
-        _lines(left, right, group, series)
+    figure, axes = plt.subplots(len(panels), 2, figsize=(11, 3.4 * len(panels)), squeeze=False, layout="constrained")
+    for (left, right), (draw, members) in zip(axes, panels, strict=True):
+        draw(left, right, members)
+        for axis in (left, right):
+            axis.tick_params(labelsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Source": source, "Software": None})
     plt.close(figure)
 
 
-def _is_length(row: Row) -> bool:
-    return row.batch.startswith("length-")
-
-
-def _bars(left: Any, right: Any, group: Sequence[str], rows: Sequence[Row]) -> None:
-    rows = [row for row in rows if row.provider != FLOOR][::-1]
-    names, colours = [row.provider for row in rows], [colour(row.provider) for row in rows]
-    case, batch, states, head, dtype, phase = group
-    times = left.barh(names, [row.ratio or 0.0 for row in rows], color=colours)
-    left.bar_label(times, [f" {row.median_ms:.0f} ms" for row in rows], fontsize=8)
+def _bars(left: Any, right: Any, members: pd.DataFrame) -> None:
+    first, rivals = members.iloc[0], members[members.provider != FLOOR][::-1]
+    colours = [COLOURS.get(name, "grey") for name in rivals.provider]
+    times = left.barh(rivals.provider, rivals.ratio, color=colours)
+    left.bar_label(times, [f" {milliseconds:.0f} ms" for milliseconds in rivals.median_ms], fontsize=8)
     left.axvline(1, color="black", linestyle=":", linewidth=1)
-    left.set_title(f"{case}, {batch}, {dtype}, {head} head, {phase}, {states}", fontsize=9, loc="left")
+    left.set_title(title(first), fontsize=9, loc="left")
     left.set_xlabel("time / floor (dotted: the products alone)", fontsize=8)
-    sizes = right.barh(names, [row.peak_mib or 0.0 for row in rows], color=colours)
+    sizes = right.barh(rivals.provider, rivals.peak_mib.fillna(0), color=colours)
     right.bar_label(sizes, fmt=" %.0f", fontsize=8)
     right.set_xlabel("peak MiB beyond inputs and returned gradients", fontsize=8)
-    for axis in (left, right):
-        axis.margins(x=0.15)
-        axis.tick_params(labelsize=8)
+    left.margins(x=0.2)
+    right.margins(x=0.15)
 
 
-Series = dict[str, list[Row]]  # provider -> rows by length
-
-
-def _series(rows: Iterable[Row]) -> list[tuple[tuple[str, ...], Series]]:
-    """Rows that differ in length alone, where there is more than one length."""
-    found: dict[tuple[str, ...], Series] = {}
-    for row in sorted(rows, key=lambda row: BATCHES[row.batch].positions):
-        if row.median_ms is not None:
-            found.setdefault((row.case, *row.group[2:]), {}).setdefault(row.provider, []).append(row)
-    return [(group, series) for group, series in found.items() if any(len(line) > 1 for line in series.values())]
-
-
-def _lines(left: Any, right: Any, group: Sequence[str], series: Series) -> None:
-    case, states, head, dtype, phase = group
-    lengths = sorted({BATCHES[row.batch].positions for rows in series.values() for row in rows})
-    for provider, rows in series.items():
-        places = [BATCHES[row.batch].positions for row in rows]
-        style = (
-            {"color": "black", "linestyle": ":"} if provider == FLOOR else {"color": colour(provider), "marker": "."}
-        )
-        left.plot(places, [row.median_ms or 0.0 for row in rows], label=provider, **style)
-        if provider != FLOOR:
-            right.plot(places, [max(row.peak_mib or 0.0, 1.0) for row in rows], label=provider, **style)
-    left.set_title(f"{case}, one pair, {dtype}, {head} head, {phase}, {states}", fontsize=9, loc="left")
+def _lines(left: Any, right: Any, members: pd.DataFrame) -> None:
+    first, lengths = members.iloc[0], sorted(members.tokens.unique())
+    for name in sorted(members.provider.unique(), key=list(NAMES).index):
+        line = members[members.provider == name].sort_values("tokens")
+        style = {"color": "black", "linestyle": ":"} if name == FLOOR else {"color": COLOURS[name], "marker": "."}
+        left.plot(line.tokens, line.median_ms, label=name, **style)
+        if name != FLOOR:
+            right.plot(line.tokens, line.peak_mib.fillna(0).clip(lower=1.0), label=name, **style)
+    left.set_title(title({**first, "batch": "one pair"}), fontsize=9, loc="left")
     left.set_ylabel("ms", fontsize=8)
     right.set_ylabel("peak MiB beyond inputs and gradients", fontsize=8)
     for axis in (left, right):
@@ -100,5 +77,6 @@ def _lines(left: Any, right: Any, group: Sequence[str], series: Series) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("tokens a side", fontsize=8)
-        axis.tick_params(labelsize=8)
-    left.legend(fontsize=7)
+    # Beside both panels: inside one it would cover a line.
+    handles, names = left.get_legend_handles_labels()
+    right.legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)

@@ -2,35 +2,80 @@
 
 A document holds ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``; what is between them is written here. NAME
 is a table's, see ``TABLES``, with ``cpu-`` (as without) or ``gpu-`` before it: the newest record of that class of
-machine fills it. Without such a record it stays as it is. ``compiled`` alone belongs to no machine.
+machine fills it, unless an older one says more (see ``newest``). A table that the record has nothing for stays as it
+is. ``compiled`` alone belongs to no machine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, record, report, targets
-from benchmarks.compile import CompileRow
-from benchmarks.machine import ROOT
-from benchmarks.providers import FLOOR
-from benchmarks.report import number
-from benchmarks.rows import Record, Row
+import pandas as pd
+
+from benchmarks import accuracy
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.record import Record, Row
+from benchmarks.lab.compile import CompileRow
+from benchmarks.problems.providers import FLOOR
+from benchmarks.problems.sections import sections
+from benchmarks.race import RESULTS
+from benchmarks.report import tables, targets
+
+Table = Callable[[str, Record], str]  # class of machine and record to text; "" where the record has nothing for it
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "kernels.md")
 PICTURES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
+HEADLINE = {
+    "provider": ("provider", ""),
+    "ms": ("median_ms", ".0f"),
+    "time / ours": ("over_ours", ".2f"),
+    "time / floor": ("ratio", ".2f"),
+    "peak MiB": ("peak_mib", ".0f"),
+    "RSS MiB": ("peak_rss_mib", ".0f"),
+    "gradient error": ("err_weight", ".1e"),
+    "": ("note", ""),
+}
+
+
+def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
+    """The record that speaks for each class of machine, "cpu" and "gpu", and why newer ones do not.
+
+    A newer record takes over if it holds all that the older one does, of what a record consists of today: one of a few
+    sections alone (``record --only``) says nothing about the others, so it must not empty their tables.
+    """
+    chosen: dict[str, tuple[Path, Record]] = {}
+    refused = []
+    found = [(path, Record.load(path)) for path in RESULTS.glob("*.json")]
+    for path, record in sorted(found, key=lambda entry: (entry[1].date, entry[0].name)):
+        machine_class = "cpu" if path.name.startswith("cpu-") else "gpu"
+        older, known = chosen.get(machine_class), _contents(record)
+        asked = {row.key for rows in sections("cpu" if machine_class == "cpu" else "cuda").values() for row in rows}
+        lost = (_contents(older[1]) & (asked | OTHER_CONTENTS)) - known if older else set()
+        if older is None or not lost:
+            chosen[machine_class] = path, record
+        else:
+            refused.append(f"{path.name} lacks {len(lost)} of the measurements in {older[0].name}, which stays shown")
+    return chosen, refused
+
+
+OTHER_CONTENTS = {("accuracy",), ("checks",)}
+
+
+def _contents(found: Record) -> set[tuple[str, ...]]:
+    parts = [(name,) for name in ("accuracy", "checks") if getattr(found, name)]
+    return {*(row.key for row in found.rows), *parts}
 
 
 def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> list[Path]:
     """Write what differs; returns what was written."""
     written = []
-    records = record.newest()
+    records, _ = newest()
     for path in documents:
         if path.exists() and (text := filled(path.read_text(), records)) != path.read_text():
             path.write_text(text)
@@ -38,7 +83,7 @@ def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> 
     for machine_class, (source, found) in records.items():
         picture = pictures / f"{machine_class}.png"
         if found.rows and _source_in(picture) != _digest(source):
-            from benchmarks.plot import plot
+            from benchmarks.report.plots import plot
 
             plot(_pictured(found.rows), picture, _digest(source))
             written.append(picture)
@@ -47,7 +92,7 @@ def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> 
 
 def stale(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> list[str]:
     """What ``render`` would change, in words. A picture is judged by the record it names, not by its pixels."""
-    records = record.newest()
+    records, _ = newest()
     found = [
         f"{path.name} differs from the newest record"
         for path in documents
@@ -74,71 +119,50 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
         machine_class, _, name = full.partition("-")
         if name not in TABLES:
             raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
-        if machine_class not in records:
-            return match[0]
-        return f"{match[1]}{TABLES[name](machine_class, records[machine_class][1])}\n{match[3]}"
+        _, found = records.get(machine_class, (None, Record()))
+        shown = TABLES[name](machine_class, found)
+        where = _where(found) if name != "picture" else ""
+        return f"{match[1]}{where}{shown}\n{match[3]}" if shown else match[0]
 
     return MARKED.sub(table, text)
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
-
-
-HEADLINE = ("provider", "ms", "time / ours", "time / floor", "peak MiB", "RSS MiB", "gradient error", "")
-
-
 def _headline(machine_class: str, found: Record) -> str:
     """The claim: one case, every provider, fastest first."""
-    return _where(found) + _markdown(HEADLINE, _headline_rows(machine_class, found))
+    return _headline_table(machine_class, found, list(HEADLINE))
 
 
 def _readme(machine_class: str, found: Record) -> str:
     """The headline without the columns that need explaining. Nobody is left out."""
-    shown = (0, 1, 2, 3, 4, 7)
-    rows = [[row[column] for column in shown] for row in _headline_rows(machine_class, found)]
-    return _where(found) + _markdown([HEADLINE[column] for column in shown], rows)
+    shown = [name for name in HEADLINE if name not in ("RSS MiB", "gradient error")]
+    return _headline_table(machine_class, found, shown)
 
 
-def _headline_rows(machine_class: str, found: Record) -> list[tuple[str, ...]]:
-    members = report.in_order(row for row in found.rows if _is_headline(machine_class, row))
-    ours = next((row.median_ms for row in members if row.provider == "ours"), None)
-    return [
-        (
-            row.provider,
-            number(row.median_ms),
-            number(row.median_ms / ours if row.median_ms and ours else None, ".2f"),
-            number(row.ratio, ".2f"),
-            number(row.peak_mib),
-            number(row.peak_rss_mib),
-            number(row.err_weight, ".1e"),
-            "" if row.status == "ok" else f"{row.status}: {row.reason}",
-        )
-        for row in members
-    ]
+def _headline_table(machine_class: str, found: Record, shown: list[str]) -> str:
+    members = tables.frame(row for row in found.rows if _is_headline(machine_class, row))
+    ours = members[members.provider == "ours"].median_ms
+    members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
+    return tables.markdown(tables.cells(members, HEADLINE)[shown]) if len(members) else ""
 
 
-def _race(_: str, found: Record) -> str:
-    """Every row of the record."""
-    parts = [_where(found).rstrip("\n") + "\n"]
-    for group, members in report.groups(found.rows):
-        parts.append(f"**{report.title(group)}**\n\n" + _markdown(report.HEADER, map(report.cells, members)) + "\n")
-    return "\n".join(parts).rstrip()
+def _race(task: str) -> Table:
+    def every_row(_: str, found: Record) -> str:
+        """Every row of the record."""
+        members = tables.frame(row for row in found.rows if row.task == task)
+        parts = [(name, tables.cells(part, tables.RACE)) for name, part in tables.groups(members)]
+        return "\n\n".join(f"**{name}**\n\n{tables.markdown(part)}" for name, part in parts)
+
+    return every_row
 
 
 def _beaten(_: str, found: Record) -> str:
     """Where somebody else is faster or leaner than ours, by how much."""
-    rows = []
-    for mine, other, what in report.losses_to_others(found.rows):
-        if what == "time":
-            by = f"{number(other.median_ms)} ms against {number(mine.median_ms)} ms"
-        else:
-            by = f"{number(other.peak_mib)} MiB against {number(mine.peak_mib)} MiB"
-        rows.append((report.title(mine.group), other.provider, what, by))
-    if not rows:
-        return _where(found) + "No provider is faster or leaner than `ours` on any row of this record."
-    return _where(found) + _markdown(("measurement", "provider", "better in", "by"), rows)
+    if not found.rows:
+        return ""
+    lost = tables.beaten(found.rows)
+    if lost.empty:
+        return "No provider is faster or leaner than `ours` on any row of this record."
+    return tables.markdown(lost)
 
 
 def _accuracy(_: str, found: Record) -> str:
@@ -147,36 +171,36 @@ def _accuracy(_: str, found: Record) -> str:
     for row in found.accuracy:
         line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
         line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
-    header = ["dtype", "mean logp"]
-    header += [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
-    return _where(found) + _markdown(header, lines.values())
-
-
-def _picture(machine_class: str, _: Record) -> str:
-    return f"![Time over the floor and peak memory by provider, and both as sequences grow](images/{machine_class}.png)"
+    header = [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
+    return tables.markdown(tables.listed(["dtype", "mean logp", *header], lines.values())) if lines else ""
 
 
 def _targets(machine_class: str, found: Record) -> str:
     """What was promised beside what was measured, as factors: larger is better."""
-    rows = [(*verdict[:3], verdict.word) for verdict in targets.verdicts(machine_class, found)]
-    return _where(found) + _markdown(("claim", "bound", "measured", "holds"), rows)
+    lines = [(*verdict[:3], verdict.word) for verdict in targets.verdicts(machine_class, found)]
+    return tables.markdown(tables.listed(("claim", "bound", "measured", "holds"), lines)) if found.rows else ""
 
 
 def _checks(_: str, found: Record) -> str:
     """What was proven beside the race."""
-    rows = [
-        (check.name, check.status, number(check.seconds), check.detail.splitlines()[0] if check.detail else "")
-        for check in found.checks
+    lines = [
+        (check.name, check.status, f"{check.seconds:.0f}", check.detail.partition("\n")[0]) for check in found.checks
     ]
-    return _where(found) + _markdown(("check", "status", "seconds", "its last words"), rows)
+    return tables.markdown(tables.listed(("check", "status", "seconds", "its last words"), lines)) if lines else ""
 
 
-TABLES: dict[str, Callable[[str, Record], str]] = {
+def _picture(machine_class: str, found: Record) -> str:
+    alternative = "Time over the floor and peak memory by provider, and both as sequences grow"
+    return f"![{alternative}](images/{machine_class}.png)" if found.rows else ""
+
+
+TABLES: dict[str, Table] = {
     "readme": _readme,
     "headline": _headline,
     "targets": _targets,
     "picture": _picture,
-    "race": _race,
+    "race": _race("loss"),
+    "logprobs": _race("logprobs"),
     "beaten": _beaten,
     "accuracy": _accuracy,
     "checks": _checks,
@@ -185,15 +209,13 @@ TABLES: dict[str, Callable[[str, Record], str]] = {
 
 def _compiled() -> str:
     """The score GEMMs of the newest compilation, and what all of its binaries come to."""
-    rows = [CompileRow(**row) for row in json.loads(max((record.RESULTS / "compiled").glob("*.json")).read_text())]
-    bad = sum(1 for row in rows if row.problem)
-    shown = [
-        (row.target, row.kernel, row.config, str(row.registers), str(row.shared_bytes), row.tensor_core)
-        for row in rows
-        if row.kernel.startswith("score_")
-    ]
-    said = f"{len(rows)} binaries with triton {rows[0].triton}, {bad} with a problem; these are the score GEMMs.\n\n"
-    return said + _markdown(("chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"), shown)
+    found = pd.read_json(max((RESULTS / "compiled").glob("*.json")))
+    bad = sum(CompileRow(**row).problem != "" for row in found.to_dict("records"))
+    shown = found[found.kernel.str.startswith("score_")]
+    table = shown[["target", "kernel", "config", "registers", "shared_bytes", "tensor_core"]]
+    table.columns = ["chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"]
+    said = f"{len(found)} binaries with triton {found.triton[0]}, {bad} with a problem; these are the score GEMMs.\n\n"
+    return said + tables.markdown(table)
 
 
 def _where(found: Record) -> str:
@@ -202,18 +224,16 @@ def _where(found: Record) -> str:
 
 
 def _is_headline(machine_class: str, row: Row) -> bool:
-    case, batch = HEADLINES[machine_class]
-    return (row.case, row.batch, row.dtype, row.head, row.phase, row.states) == (
-        case, batch, "bfloat16", "trainable", "full", "trained-like",
-    )  # fmt: skip
+    return row.group == (*HEADLINES[machine_class], "trained-like", "trainable", "bfloat16", "full", "loss", "")
 
 
 def _pictured(rows: Sequence[Row]) -> list[Row]:
     """The headline and the growth with length; every other group would be a picture of the same shape."""
+    loss = [row for row in rows if row.task == "loss"]
     chosen = [
-        row for row in rows if any(_is_headline(kind, row) for kind in HEADLINES) or row.batch.startswith("length-")
+        row for row in loss if any(_is_headline(kind, row) for kind in HEADLINES) or row.batch.startswith("length-")
     ]
-    return chosen if any(row.median_ms and row.provider != FLOOR for row in chosen) else list(rows)
+    return chosen if any(row.median_ms and row.provider != FLOOR for row in chosen) else loss
 
 
 def _digest(source: Path) -> str:
