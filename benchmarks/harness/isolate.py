@@ -98,7 +98,7 @@ def process(module: str, group: Sequence[Row], options: Mapping[str, Any], patie
         status, cause = "out of memory", "the kernel ended the process"
     if time.time() > options["until"] and code in (0, None):
         status, cause = "not reached", "the time for it was used up"
-    found = []
+    found: list[Row] = []
     for row in group:
         known = answered.get(row.key)
         if known is None and found and code == 0 and found[-1].status == "failed":

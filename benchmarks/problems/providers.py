@@ -190,7 +190,7 @@ def _ours(name: str, backend: str, *, lean: bool = False) -> Provider:
         # On a CPU one byte holds no E, so the planner has to recompute it: the leanest plan, at one product more. On a
         # GPU slices of E are memory like any other, and 1 GiB is what they are promised to fit.
         workspace_bytes = None if not lean else 1 if problem.device.type == "cpu" else 1 << 30
-        chosen = {"softcap": problem.softcap, "backend": backend, "workspace_bytes": workspace_bytes}
+        chosen: dict[str, Any] = {"softcap": problem.softcap, "backend": backend, "workspace_bytes": workspace_bytes}
         try:
             explain(problem.hidden, problem.weight, problem.labels, **chosen)
         except ValueError as refusal:

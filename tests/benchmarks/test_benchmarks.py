@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,33 +11,34 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, measure, record, render, report
-from benchmarks.cases import BATCHES, CASES, HEADS, IGNORE, STATES, Batch, Case, HeadName, Pair
-from benchmarks.compile import TARGETS, CompileRow
-from benchmarks.floor import build_floor
-from benchmarks.inputs import make_problem
-from benchmarks.memory import peak_of
-from benchmarks.plot import plot
-from benchmarks.providers import FLOOR, NAMES, PROVIDERS, Provider, UnsupportedError
-from benchmarks.rows import Record, Row, Spec, row_of
+from benchmarks import accuracy, race
+from benchmarks.harness.measure import UnsupportedError
+from benchmarks.harness.memory import peak_of
+from benchmarks.harness.record import Record, Row
+from benchmarks.lab.compile import TARGETS, CompileRow
+from benchmarks.problems.cases import BATCHES, CASES, HEADS, IGNORE, STATES, Batch, Case, Pair
+from benchmarks.problems.inputs import make_problem
+from benchmarks.problems.providers import FLOOR, NAMES, PROVIDERS, Provider
+from benchmarks.problems.sections import sections
+from benchmarks.report import plots, render, tables
 from orpo_kernels import reference
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 64, 999)
 TINY_CAPPED = Case("tiny-capped", 64, 999, softcap=30.0)
 FEW = Batch("few", (Pair(5, 9, 7), Pair(3, 11, 13)), 16)
-SPEC = Spec("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
+ASKED = Row("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
 MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "trl_fused", "torch_lce", "ours_triton"}
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("case", [TINY, TINY_CAPPED], ids=lambda case: case.name)
 @pytest.mark.parametrize("provider", PROVIDERS.values(), ids=lambda provider: provider.name)
-def test_every_provider_computes_the_loss_or_says_why_not(provider: Provider, case: Case, head: HeadName) -> None:
+def test_every_provider_computes_the_loss_or_says_why_not(provider: Provider, case: Case, head: str) -> None:
     problem = make_problem(case, FEW, STATES["trained-like"], "float32", head, CPU)
     try:
         with torch.compiler.set_stance("force_eager"):  # what is tested is the wiring, not the compiler
-            row = measure.check(provider, row_of(SPEC, "ok"), problem)
+            row = race.check(provider, ASKED, problem)
     except UnsupportedError as reason:
         if provider.name in MAY_BE_ABSENT and len(str(reason)) > 10:
             return
@@ -49,26 +51,23 @@ def test_every_provider_computes_the_loss_or_says_why_not(provider: Provider, ca
 
 def test_a_wrong_gradient_is_reported_as_wrong() -> None:
     def build(problem):  # type: ignore[no-untyped-def]
-        step = PROVIDERS["naive"].build(problem)
+        step = PROVIDERS["naive"].build(problem, "loss")
         return lambda: 1.01 * step()
 
     problem = make_problem(TINY, FEW, STATES["trained-like"], "float32", "trainable", CPU)
-    row = measure.check(Provider("scaled", "torch", build), row_of(SPEC, "ok"), problem)
+    row = race.check(Provider("scaled", "torch", None, build), ASKED, problem)
     assert row.status == "wrong"
     assert "error" in row.reason
 
 
-@pytest.mark.parametrize("phase", ["forward", "full"])
-def test_the_floor_runs(phase: str) -> None:
-    problem = make_problem(TINY, FEW, STATES["random"], "bfloat16", "trainable", CPU)
-    build_floor(problem, phase)()  # type: ignore[arg-type]
-
-
 def test_an_exception_becomes_a_row() -> None:
-    row = measure.measure(replace(SPEC, dtype="no such dtype"))  # type: ignore[arg-type]
+    def measure(**changes: str) -> Row:
+        return next(race.measure([ASKED.with_(**changes)], device="cpu", repeats=1, seconds=0.0, until=math.inf))
+
+    row = measure(dtype="no such dtype")
     assert row.status == "failed"
     assert "AttributeError" in row.reason
-    assert measure.measure(replace(SPEC, provider="cce")).status == "unsupported"
+    assert measure(provider="cce").status == "unsupported"
 
 
 def test_peak_memory_is_the_calls_own() -> None:
@@ -87,7 +86,7 @@ def test_peak_memory_is_the_calls_own() -> None:
 def test_trained_like_states_are_what_they_claim(dtype: str, softcap: float | None) -> None:
     case = replace(CASES["small-v32k-cpu"], vocab=8000, softcap=softcap)
     batch = BATCHES["ragged-small-cpu"]
-    problem = make_problem(case, batch, STATES["trained-like"], dtype, "frozen", CPU)  # type: ignore[arg-type]
+    problem = make_problem(case, batch, STATES["trained-like"], dtype, "frozen", CPU)
     scored = problem.targets != IGNORE
     assert scored.sum() == batch.scores
     logps = reference.linear_logprobs(
@@ -112,14 +111,13 @@ def test_specified_sizes() -> None:
 
 
 def _rows() -> list[Row]:
-    ours = row_of(SPEC, "ok").with_(
-        median_ms=100.0, p20_ms=99.0, p80_ms=101.0, floor_ms=90.0, ratio=1.11, peak_mib=50.0
-    )
+    timing = {"median_ms": 100.0, "p20_ms": 99.0, "p80_ms": 101.0, "floor_ms": 90.0, "ratio": 1.11}
+    ours = ASKED.with_(status="ok", **timing, peak_mib=50.0)
     return [
         ours,
         ours.with_(provider="naive", median_ms=80.0, peak_mib=500.0),
         ours.with_(provider=FLOOR, median_ms=90.0, ratio=1.0, peak_mib=None),
-        row_of(replace(SPEC, provider="cce"), "unsupported", "no GPU"),
+        ASKED.with_(provider="cce", status="unsupported", reason="no GPU"),
         ours.with_(batch="length-128-cpu"),
         ours.with_(batch="length-256-cpu"),
     ]
@@ -143,16 +141,16 @@ def _json(path: Path, value: object) -> Path:
 
 
 def test_who_beats_ours_is_said() -> None:
-    assert [(other.provider, what) for _, other, what in report.losses_to_others(_rows())] == [("naive", "time")]
+    assert tables.beaten(_rows())[["provider", "better in"]].values.tolist() == [["naive", "time"]]
 
 
 def test_plot_names_its_source(tmp_path: Path) -> None:
-    plot(_rows(), tmp_path / "a.png", "from here")
+    plots.plot(_rows(), tmp_path / "a.png", "from here")
     assert render._source_in(tmp_path / "a.png") == "from here"
 
 
 def test_render_fills_marked_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
     document, pictures = tmp_path / "page.md", tmp_path / "images"
     document.write_text("\n".join(f"<!-- benchmarks:cpu-{name} -->\n<!-- /benchmarks -->" for name in render.TABLES))
     assert render.stale([document], pictures) == []  # nothing is recorded, so there is nothing to show
@@ -172,7 +170,7 @@ def test_documents_show_the_recorded_figures() -> None:
 
 
 def test_the_recorded_compilation_has_no_problem() -> None:
-    (file,) = (record.RESULTS / "compiled").glob("*.json")
+    (file,) = (render.RESULTS / "compiled").glob("*.json")
     rows = [CompileRow(**row) for row in json.loads(file.read_text())]
     assert {row.target for row in rows} == set(TARGETS)
     assert not [row for row in rows if row.problem]
@@ -180,7 +178,8 @@ def test_the_recorded_compilation_has_no_problem() -> None:
 
 
 def test_every_section_and_default_names_known_things() -> None:
-    specs = [spec for section in record.sections(CPU).values() for spec in section]
-    assert {spec.provider for spec in specs} <= set(NAMES)
-    assert {spec.case for spec in specs} <= set(CASES)
-    assert {spec.batch for spec in specs} <= set(BATCHES)
+    rows = [row for device in ("cpu", "cuda") for section in sections(device).values() for row in section]
+    assert {row.provider for row in rows} <= set(NAMES)
+    assert {row.case for row in rows} <= set(CASES)
+    assert {row.batch for row in rows} <= set(BATCHES)
+    assert len({row.key for row in rows}) == len(rows)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import machine, train
-from benchmarks.cases import BATCHES, Pair
+from benchmarks.harness import isolate, machine
+from benchmarks.harness.record import Row
+from benchmarks.lab import train
+from benchmarks.problems.cases import BATCHES, Pair
 
-SPEC = train.TrainSpec("tiny", "stock", checkpointing=False, steps=2, longest_limit=32)
+ROWS, LIMIT = train.plan(["tiny"], "cpu", 2, 32)
+STEP, LONGEST = ROWS[0], ROWS[2]
 
 
 @pytest.fixture(autouse=True)
@@ -25,27 +28,53 @@ def _settings() -> None:
     torch.use_deterministic_algorithms(False)
 
 
-def _last(spec: train.TrainSpec) -> dict[str, train.TrainRow]:
-    return {row.what: row for row in train.measure_all(spec)}
+def _last(rows: Sequence[Row], limit: int = LIMIT) -> list[Row]:
+    answers = train.measure(rows, device="cpu", steps=2, limit=limit, until=time.time() + 300)
+    return list({row.key: row for row in answers}.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_stock_and_patched_train_the_same(checkpointing: bool) -> None:
-    stock, patched = (_last(replace(SPEC, variant=name, checkpointing=checkpointing)) for name in train.VARIANTS)
-    for rows in (stock, patched):
-        step, longest = rows["step"], rows["longest"]
-        assert (step.status, longest.status) == ("ok", "ok"), (step.reason, longest.reason)
-        assert (step.pairs, step.tokens, step.steps) == (2, 796, 2)
-        assert step.pairs_per_s is not None
-        assert step.pairs_per_s > 0
-        assert step.peak_mib is not None
-        assert step.peak_mib > 0
-        assert len(step.losses) == train.WARM_UP + 2
-        assert all(map(math.isfinite, step.losses))
-        assert (longest.longest, longest.at_least) == (32, True)
-    gap = train.loss_gap(stock["step"], patched["step"])
+@pytest.mark.parametrize("setting", ["", train.CHECKPOINTING])
+def test_stock_and_patched_train_the_same(setting: str) -> None:
+    rows = _last([row for row in ROWS if row.setting == setting])
+    assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]
+    stock, patched, *searches = rows
+    assert [row.figures for row in searches] == [{"longest": 32, "at_least": True}] * 2
+    for row in (stock, patched):
+        assert (row.figures["pairs"], row.figures["tokens"], row.repeats) == (2, 796, 2)
+        assert row.figures["pairs_per_s"] > 0
+        assert row.ratio == row.median_ms / row.floor_ms
+        assert row.peak_mib is not None
+        assert row.peak_mib > 0
+        assert len(row.figures["losses"]) == train.WARM_UP + 1  # of the first round
+        assert all(map(math.isfinite, row.figures["losses"]))
+    assert patched.floor_ms == stock.median_ms
+    gap = train.loss_gap(stock, patched)
     assert gap is not None
     assert 0 < gap < 1e-4  # the same to the last bit would mean that nothing was patched
+
+
+def test_the_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disturbance that lasts a while meets both, and one round of it moves no median."""
+    order = []
+
+    def fake(row: Row, _: str, pairs: object, steps: int, *__: object) -> train.Run:
+        order.append((row.provider, steps))
+        taken = 30.0 if row.provider == "stock" else 10.0
+        slow = 20.0 if len(order) == 2 else 1.0  # the first round of the patched variant alone
+        return train.Run([taken * slow] * steps, [1.0], 100.0)
+
+    monkeypatch.setattr(train, "train", fake)
+    *_, stock, patched = train.take_turns(ROWS[:2], "cpu", 10, math.inf)
+    assert order == [("stock", 4), ("patched", 4), ("stock", 3), ("patched", 3), ("stock", 3), ("patched", 3)]
+    assert (stock.status, patched.status, patched.repeats) == ("ok", "ok", 10)
+    assert patched.ratio == pytest.approx(1 / 3)
+
+
+def test_a_deadline_ends_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train", lambda *_: train.Run([1.0] * 2, [1.0], 100.0))
+    *_, stock, patched = train.take_turns(ROWS[:2], "cpu", 6, time.time() - 1)
+    for row in (stock, patched):
+        assert (row.status, row.reason, row.repeats) == ("ok", "2 of 6 steps within --seconds", 2)
 
 
 def test_pairs_have_the_lengths_they_claim() -> None:
@@ -65,52 +94,53 @@ def test_dry_run_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     for row in itertools.product(names, ("off", "on"), train.VARIANTS, train.WHATS):
         assert printed.count(row) == 1
     assert command.main(["train", "--dry-run", "--steps", "0"]) == 2
-    assert "expected --steps >= 1" in capsys.readouterr().out
+    assert "expected --steps >= 1" in capsys.readouterr().err
 
 
-def _raising(error: Exception, monkeypatch: pytest.MonkeyPatch) -> dict[str, train.TrainRow]:
+def _raising(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(train, "train", fail)
-    return _last(SPEC)
+    return _last([STEP, LONGEST])
 
 
 def test_out_of_memory_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), monkeypatch)
-    assert [row.status for row in rows.values()] == ["out of memory"] * 2
-    assert rows["step"].reason == "CUDA out of memory. Tried to allocate 2 GiB"
-    assert rows["longest"].reason == "out of memory at 16"
-    assert rows["longest"].longest is None
+    step, longest = _raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), monkeypatch)
+    assert (step.status, longest.status) == ("out of memory", "out of memory")
+    assert step.reason == "CUDA out of memory. Tried to allocate 2 GiB more"
+    assert longest.reason == "out of memory at 16"
+    assert longest.figures["longest"] is None
 
 
 def test_other_errors_are_failures_with_their_message(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = _raising(ValueError("no such thing"), monkeypatch)
-    assert {(row.status, row.reason) for row in rows.values()} == {("failed", "ValueError: no such thing")}
+    assert {(row.status, row.reason) for row in rows} == {("failed", "ValueError: no such thing")}
 
 
 def test_a_search_that_fails_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_when_long(_: object, pairs: Sequence[Pair], *__: object) -> train.TrainRow:
+    def fail_when_long(_: object, __: str, pairs: Sequence[Pair], *___: object) -> train.Run:
         if pairs[0].chosen >= 1000:
             raise RuntimeError("an illegal memory access was encountered")
-        return train.row_of(SPEC, "step", "ok")
+        return train.Run([], [], 0.0)
 
     monkeypatch.setattr(train, "train", fail_when_long)
-    longest = _last(replace(SPEC, longest_limit=2048))["longest"]
-    assert (longest.status, longest.longest, longest.at_least) == ("failed", 512, True)
+    (longest,) = _last([LONGEST], 2048)
+    assert (longest.status, longest.figures) == ("failed", {"longest": 512, "at_least": True})
     assert "illegal memory access" in longest.reason
 
 
 def test_a_process_that_is_too_slow_becomes_rows() -> None:
-    rows = train.run_one(replace(SPEC, seconds=0.1))
-    assert [(row.what, row.status) for row in rows] == [(what, "out of time") for what in train.WHATS]
+    options = {"device": "cpu", "steps": 2, "limit": 32, "until": time.time() + 0.1}
+    (row,) = isolate.process("benchmarks.lab.train", [STEP], options, patience=0)
+    assert (row.status, row.reason) == ("not reached", "the time for it was used up")
 
 
 def test_without_trl_rows_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "version", lambda package: "" if package == "trl" else "1")
-    rows = _last(SPEC)
-    assert {(row.what, row.status) for row in rows.values()} == {(what, "unsupported") for what in train.WHATS}
-    assert rows["step"].reason == "trl not installed: pip install '.[hf]'"
+    rows = _last([STEP, LONGEST])
+    assert [row.status for row in rows] == ["unsupported"] * 2
+    assert rows[0].reason == "trl not installed: pip install '.[hf]'"
 
 
 @pytest.mark.parametrize("most", [1, 100, 5000, 9000, 65536])
@@ -121,21 +151,22 @@ def test_the_search_ends_within_an_eighth(most: int) -> None:
         tried.append(length)
         return length <= most
 
-    *_, row = train.search(train.row_of(SPEC, "longest", "ok"), fits, 65536)
+    *_, row = train.search(LONGEST, fits, 65536)
     assert len(tried) < 20
+    longest = row.figures["longest"]
     if most == 1:
-        assert (row.status, row.longest) == ("out of memory", None)
+        assert (row.status, longest) == ("out of memory", None)
     else:
-        assert row.longest is not None
-        assert row.longest <= most <= max(row.longest * 9 / 8, row.longest + train.FINEST)
-        assert row.at_least == (most == 65536)
+        assert row.status == "ok"
+        assert longest <= most <= max(longest * 9 / 8, longest + train.FINEST)
+        assert row.figures["at_least"] == (most == 65536)
 
 
 def test_a_search_cut_short_says_so() -> None:
-    row = next(train.search(train.row_of(SPEC, "longest", "ok"), lambda _: True, 65536))
-    assert (row.status, row.longest, row.at_least) == ("ok", 4096, True)
-    row = next(train.search(train.row_of(SPEC, "longest", "ok"), lambda _: False, 65536))
-    assert (row.status, row.longest) == ("out of time", None)
+    row = next(train.search(LONGEST, lambda _: True, 65536))
+    assert (row.status, row.figures) == ("not reached", {"longest": 4096, "at_least": True})
+    row = next(train.search(LONGEST, lambda _: False, 65536))
+    assert (row.status, row.figures["longest"]) == ("not reached", None)
     assert "--seconds" in row.reason
 
 
@@ -143,7 +174,6 @@ def test_what_was_not_reached_is_in_the_record(tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "rows.json"
     assert command.main(["train", "--device", "cpu", "--seconds", "0", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
-    assert {row["status"] for row in record["rows"]} == {"out of time"}
-    assert len(record["rows"]) == 2 * len(train.specs(None, "cpu", 1, None))
-    assert set(record["versions"]) >= {"torch", "triton", "trl", "transformers"}
-    assert "not begun within --seconds" in capsys.readouterr().out
+    assert {row["status"] for row in record["rows"]} == {"not reached"}
+    assert len(record["rows"]) == len(ROWS)
+    assert "the budget of 0 s was used up" in capsys.readouterr().out
