@@ -119,14 +119,11 @@ def record(
 @app.command("render")
 def _render(check: Annotated[bool, typer.Option("--check", help="only say whether they differ")] = False) -> int:
     """Write the newest records into README.md and docs/."""
-    print(*render.newest()[1], sep="\n", end="")
-    if check:
-        problems = render.stale()
-        print(*(f"{problem}: run `python -m benchmarks render`" for problem in problems), sep="\n", end="")
-        return int(bool(problems))
-    for written in render.render():
-        print(f"wrote {written.relative_to(machine.ROOT)}")
-    return 0
+    problems = [f"{problem}: run `python -m benchmarks render`" for problem in render.stale()] if check else []
+    done = [] if check else [f"wrote {path.relative_to(machine.ROOT)}" for path in render.render()]
+    for line in (*render.newest()[1], *problems, *done):
+        print(line)
+    return int(bool(problems))
 
 
 @app.command("compile")
@@ -180,9 +177,8 @@ def _gpu(
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, here and in every process started here
         path = path or Path(tempfile.mkdtemp(), "gpu.json")
     elif not torch.cuda.is_available():
-        raise UnsupportedError(
-            "this needs a GPU and torch sees none; --dry-run says what would run, --device cpu tries it"
-        )
+        remedy = "--dry-run says what would run, --device cpu tries it at toy sizes"
+        raise UnsupportedError(f"gpu needs a CUDA device and torch sees none; {remedy}")
     return gpu.run(torch.device(device), seconds, path or race.path_of(torch.device(device)), only or ())
 
 

@@ -23,7 +23,15 @@ OTHERWISE_ALIKE = ["case", "states", "head", "dtype", "phase", "task", "setting"
 
 
 def plot(rows: Sequence[Row], path: Path, source: str = "") -> None:
-    """All panels that the rows can fill, in one PNG whose metadata names the source of its figures."""
+    """Draw into a PNG whose metadata names the source of its figures."""
+    figure = drawn(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Source": source, "Software": None})
+    plt.close(figure)
+
+
+def drawn(rows: Sequence[Row]) -> Any:
+    """All panels that the rows can fill."""
     found = frame(row for row in rows if row.median_ms is not None)
     found["tokens"] = [BATCHES[batch].positions for batch in found.batch]
     grows = found.batch.str.startswith("length-")
@@ -38,9 +46,7 @@ def plot(rows: Sequence[Row], path: Path, source: str = "") -> None:
         draw(left, right, members)
         for axis in (left, right):
             axis.tick_params(labelsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Source": source, "Software": None})
-    plt.close(figure)
+    return figure
 
 
 def _bars(left: Any, right: Any, members: pd.DataFrame) -> None:

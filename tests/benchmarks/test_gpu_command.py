@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import race
 from benchmarks.harness import isolate
+from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import AccuracyRow, Check, Record, Row, merged
 from benchmarks.lab import gpu
 from benchmarks.problems.cases import CASES
@@ -33,6 +36,35 @@ def test_the_dry_run_lists_every_step_and_measurement(capsys: pytest.CaptureFixt
     assert {
         target.group for target in targets.TARGETS["gpu"]
     } <= asked  # every promise is about something that is measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_without_a_gpu_one_sentence_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "needs a CUDA device and torch sees none" in said.err
+
+
+def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    shutil.copy(ROOT / "Makefile", folder)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_make_gpu_takes_the_python_of_the_venv(tmp_path: Path) -> None:
+    assert "python3 -m benchmarks gpu" in _make(tmp_path, "-n", "gpu").stdout
+    venv = tmp_path / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").touch()
+    assert ".venv/bin/python -m benchmarks gpu" in _make(tmp_path, "-n", "gpu").stdout
+
+
+def test_make_gpu_says_what_python_lacks(tmp_path: Path) -> None:
+    done = _make(tmp_path, "gpu", f"GPU_PYTHON={sys.executable} -S")  # without what is installed into it
+    assert done.returncode != 0
+    assert "lacks torch, " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, make gpu itself runs")
