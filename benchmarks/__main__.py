@@ -119,11 +119,13 @@ def record(
 @app.command("render")
 def _render(check: Annotated[bool, typer.Option("--check", help="only say whether they differ")] = False) -> int:
     """Write the newest records into README.md and docs/."""
-    problems = [f"{problem}: run `python -m benchmarks render`" for problem in render.stale()] if check else []
-    done = [] if check else [f"wrote {path.relative_to(machine.ROOT)}" for path in render.render()]
-    for line in (*render.newest()[1], *problems, *done):
-        print(line)
-    return int(bool(problems))
+    found = render.render(write=not check)
+    for reason in render.newest()[1]:
+        print(reason)
+    for differing in found:
+        name = differing.relative_to(machine.ROOT)
+        print(f"{name} differs from the newest record: run `python -m benchmarks render`" if check else f"wrote {name}")
+    return int(check and bool(found))
 
 
 @app.command("compile")

@@ -49,15 +49,6 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, (r"tcgen05\.mma", r"mma\.sync")),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, (r"v_mfma\w*",)),
 }
-REPORTED = {
-    "target": "target",
-    "kernel": "kernel",
-    "config": "configuration",
-    "registers": "registers",
-    "spill_bytes": "spilled",
-    "shared_bytes": "shared",
-    "tensor_core": "tensor core",
-}
 GEMMS = ("score_tma_kernel", "score_kernel", "rescue_kernel")
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {**FLOATS, torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
@@ -279,7 +270,8 @@ def run(targets: Sequence[str], workers: int | None = None) -> list[CompileRow]:
 
 def report(rows: Sequence[CompileRow]) -> str:
     """One line a binary; what is wrong with any stands at the end."""
-    found = pd.DataFrame([asdict(row) for row in rows])[list(REPORTED)].rename(columns=REPORTED)
+    shown = ["target", "kernel", "config", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
+    found = pd.DataFrame([asdict(row) for row in rows])[shown]
     bad = [row for row in rows if row.problem]
     said = [f"{row.target} {row.kernel} {row.config}: {row.problem}" for row in bad]
     return "\n".join([text(found), *said, f"{len(rows)} binaries, {len(bad)} with a problem"])

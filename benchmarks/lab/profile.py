@@ -20,7 +20,6 @@ from benchmarks.harness.record import Row
 from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
 from benchmarks.problems.floor import build_floor
 from benchmarks.problems.inputs import make_problem
-from benchmarks.report.tables import cells
 from orpo_kernels import explain, orpo_loss
 
 WARM_UP, REPEATS = 3, 5
@@ -39,12 +38,6 @@ STEPS: dict[str, str] = {
     "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitK|Cijk|aten::(add|b|baddb)?mm|aten::(add)?mv|aten::dot",
     "reductions": r"reduce_kernel|aten::(sum|mean|min|max|amax|amin)\b",
     "everything else": r"",
-}
-COLUMNS = {
-    "step": ("provider", ""),
-    "ms": ("median_ms", ".3f"),
-    "launches": ("launches", ".0f"),
-    "share": ("share", ".1%"),
 }
 
 
@@ -124,9 +117,7 @@ def busy_ms(kernels: Sequence[Kernel]) -> float:
 
 
 def table(steps: Sequence[Row]) -> pd.DataFrame:
-    return cells(
-        pd.DataFrame([{"provider": row.provider, "median_ms": row.median_ms, **row.figures} for row in steps]), COLUMNS
-    )
+    return pd.DataFrame([{"step": row.provider, "ms": row.median_ms, **row.figures} for row in steps])
 
 
 def described(call: Row) -> str:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -45,45 +45,36 @@ CHECKPOINTING = "checkpointing"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
-@dataclass(frozen=True)
-class Model:
+COUNTED = ("hidden_layers", "attention_heads", "key_value_heads")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+class Model(NamedTuple):
     """A causal language model by its configuration, its head tied to its embeddings, and the batch it trains on."""
 
-    name: str
     config: Literal["LlamaConfig", "Qwen2Config"]
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
+    sizes: tuple[int, ...]  # in the order of SIZES
     rope_theta: float
     batch: str
     device: Literal["cuda", "cpu"]  # what it is sized for
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Under Transformers' names."""
-        return {
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.vocab,
-        }
+    def vocab(self) -> int:
+        return self.sizes[-1]
 
 
-MODELS: dict[str, Model] = {
-    model.name: model
-    for model in (
-        Model("llama-3.2-1b", "LlamaConfig", 2048, 8192, 16, 32, 8, 128256, 5e5, "ultrafeedback", "cuda"),
-        Model("qwen2.5-0.5b", "Qwen2Config", 896, 4864, 24, 14, 2, 151936, 1e6, "ultrafeedback", "cuda"),
-        Model("tiny", "LlamaConfig", 64, 128, 2, 4, 2, 32000, 1e4, "ragged-small-cpu", "cpu"),
-    )
+MODELS = {
+    "llama-3.2-1b": Model("LlamaConfig", (2048, 8192, 16, 32, 8, 128256), 5e5, "ultrafeedback", "cuda"),
+    "qwen2.5-0.5b": Model("Qwen2Config", (896, 4864, 24, 14, 2, 151936), 1e6, "ultrafeedback", "cuda"),
+    "tiny": Model("LlamaConfig", (64, 128, 2, 4, 2, 32000), 1e4, "ragged-small-cpu", "cpu"),
 }
-
-
 Keep = Callable[[list[Row]], None]
 
 
@@ -102,7 +93,7 @@ def plan(models: Sequence[str] | None, device: str, steps: int, longest_limit: i
     Raises:
         UnsupportedError: an option that allows no measurement.
     """
-    chosen = models or [model.name for model in MODELS.values() if model.device == device]
+    chosen = models or [name for name, model in MODELS.items() if model.device == device]
     limit = LONGEST_LIMIT[device] if longest_limit is None else longest_limit
     if steps < 1 or limit < FINEST:
         raise UnsupportedError(
@@ -142,54 +133,44 @@ def measure(rows: Sequence[Row], *, device: str, steps: int, limit: int, until: 
 
     for row in rows:
         if row.phase == "longest":
+            yield from search(row, partial(_fits, row, device), limit)
 
-            def fits(length: int, row: Row = row) -> bool:
-                try:
-                    train(row, device, [Pair(1, length - 1, length - 1)], 0)
-                except Exception as error:
-                    if not out_of_memory(error):
-                        raise
-                    return False
-                return True
 
-            yield from search(row, fits, limit)
+def _fits(row: Row, device: str, length: int) -> bool:
+    try:
+        train(row, device, [Pair(1, length - 1, length - 1)], 0)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def take_turns(rows: Sequence[Row], device: str, steps: int, until: float) -> Iterator[Row]:
-    """Rounds of training, each variant once in every round; every round refines the rows of both."""
+    """Rounds of training, each variant once in every round. The yardstick of both is stock's time."""
     runs: dict[str, list[Run]] = {row.provider: [] for row in rows}
     failed: dict[str, Row] = {}
     for size in filter(None, (steps // ROUNDS + (turn < steps % ROUNDS) for turn in range(ROUNDS))):
-        last = time.time() > until and all(runs.values())
-        for row in rows:
-            if row.provider in failed or last:
-                continue
+        if time.time() > until and all(runs.values()):
+            break
+        for row in (row for row in rows if row.provider not in failed):
             try:
                 runs[row.provider].append(train(row, device, BATCHES[row.batch].pairs, size, until))
             except Exception as error:
                 failed[row.provider] = failure(row, error)
-                yield failed[row.provider]
-        done = sum(len(each.times) for each in next(iter(runs.values()), []))
+    times = {name: [taken for each in own for taken in each.times] for name, own in runs.items()}
+    for row in rows:
+        if row.provider in failed:
+            yield failed[row.provider]
+            continue
+        pairs, own = BATCHES[row.batch].pairs, runs[row.provider]
+        timing = summary(times[row.provider], times.get("stock") or times[row.provider])
+        speed = 1e3 * len(pairs) / timing["median_ms"]
+        figures = {"pairs": len(pairs), "tokens": _tokens(pairs), "losses": own[0].losses, "pairs_per_s": speed}
+        done = timing["repeats"]
         reason = "" if done >= steps else f"{done} of {steps} steps within --seconds"
-        for row in rows:
-            if row.provider not in failed:
-                status = "ok" if done >= steps or last else "not reached"
-                yield _of_steps(row, runs).with_(status=status, reason=reason)
-        if last:
-            return
-
-
-def _of_steps(row: Row, runs: dict[str, list[Run]]) -> Row:
-    """All rounds of a variant so far; the yardstick of its time is stock's, taken in turn with it."""
-    mine = runs[row.provider]
-    times = [taken for each in mine for taken in each.times]
-    stock = [taken for each in runs.get("stock", ()) for taken in each.times]
-    pairs = BATCHES[row.batch].pairs
-    timing = summary(times, stock or times) if times else {}
-    figures: dict[str, Any] = {"pairs": len(pairs), "tokens": _tokens(pairs), "losses": mine[0].losses}
-    if times:
-        figures["pairs_per_s"] = 1e3 * len(pairs) / timing["median_ms"]
-    return row.with_(**timing, peak_mib=max(each.peak_mib for each in mine), figures=figures)
+        peak = max(each.peak_mib for each in own)
+        yield row.with_(status="ok", reason=reason, peak_mib=peak, figures=figures, **timing)
 
 
 def search(row: Row, fits: Callable[[int], bool], limit: int) -> Iterator[Row]:
@@ -277,7 +258,7 @@ def _network(model: Model, device: torch.device) -> Any:
     import transformers
 
     config = getattr(transformers, model.config)(
-        **model.sizes,
+        **dict(zip(SIZES, model.sizes, strict=True)),
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=True,
         max_position_embeddings=131072,
@@ -330,40 +311,28 @@ def names(row: Row) -> tuple[str, str, str]:
 
 def plan_table(rows: Iterable[Row], steps: int, limit: int) -> pd.DataFrame:
     """The rows that would be measured."""
-
-    def what(row: Row) -> str:
+    lines = []
+    for row in rows:
         pairs = BATCHES[row.batch].pairs
-        if row.phase == "step":
-            return f"{len(pairs)} pairs, {_tokens(pairs)} tokens; {steps} in {ROUNDS} rounds, {WARM_UP} before each"
-        return f"1 pair, to {limit} tokens a side; {WARM_UP} a length"
-
-    return listed(("model", "ckpt", "variant", "row", "steps"), [(*names(row), row.phase, what(row)) for row in rows])
+        what = f"{len(pairs)} pairs, {_tokens(pairs)} tokens; {steps} in {ROUNDS} rounds, {WARM_UP} before each"
+        if row.phase == "longest":
+            what = f"1 pair, to {limit} tokens a side; {WARM_UP} a length"
+        lines.append((*names(row), row.phase, what))
+    return listed(("model", "ckpt", "variant", "row", "steps"), lines)
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Both variants of each model, patched as a ratio of stock."""
+    """Both variants of each model: stock's time over patched's, and how far their losses are apart."""
     known = {(*names(row), row.phase): row for row in rows}
     lines = []
-    for row in rows:
-        if row.phase != "step":
-            continue
+    for row in (row for row in rows if row.phase == "step"):
         model, on, variant = names(row)
-        stock, longest, base = (
-            known[model, on, "stock", "step"],
-            *(known[model, on, name, "longest"].figures for name in (variant, "stock")),
-        )
-        at_least = ">= " if longest.get("at_least") else ""
-        speed = row.figures.get("pairs_per_s")
-        cells = [number(speed, ".2f"), "", number(row.peak_mib), "", at_least + number(longest.get("longest")), "", ""]
-        if variant == "patched":
-            limit = None if base.get("at_least") else base.get("longest")  # a ratio to "at least" says nothing
-            cells[1] = _ratio(stock.median_ms, row.median_ms)
-            cells[3] = _ratio(row.peak_mib, stock.peak_mib)
-            cells[5] = at_least + _ratio(longest.get("longest"), limit) if limit else "-"
-            cells[6] = number(loss_gap(stock, row), ".1e")
-        lines.append((model, on, variant, *cells))
-    header = ("model", "ckpt", "variant", "pairs/s", "ratio", "peak MiB", "ratio", "longest", "ratio", "loss gap")
-    return listed(header, lines)
+        longest, stock = known[model, on, variant, "longest"].figures, known[model, on, "stock", "step"]
+        reached = (">= " if longest.get("at_least") else "") + number(longest.get("longest"))
+        speed, gap = number(row.figures.get("pairs_per_s"), ".2f"), loss_gap(stock, row)
+        ratio = number(stock.median_ms / row.median_ms if stock.median_ms and row.median_ms else None, ".2f")
+        lines.append((model, on, variant, speed, ratio, number(row.peak_mib), reached, number(gap, ".1e")))
+    return listed(("model", "ckpt", "variant", "pairs/s", "speed-up", "peak MiB", "longest", "loss gap"), lines)
 
 
 def remarks(rows: Iterable[Row]) -> list[str]:
@@ -376,7 +345,3 @@ def loss_gap(stock: Row, patched: Row) -> float | None:
     """The worst relative difference of the loss over the steps that both made. Exactly 0 says nothing was patched."""
     both = zip(stock.figures.get("losses", ()), patched.figures.get("losses", ()), strict=False)  # one may be shorter
     return max((abs(mine - theirs) / abs(theirs) for theirs, mine in both), default=None)
-
-
-def _ratio(mine: float | None, stock: float | None) -> str:
-    return number(mine / stock if mine and stock else None, ".2f")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
@@ -24,6 +24,7 @@ from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
 from benchmarks.report import tables, targets
+from benchmarks.report.plots import plot
 
 Table = Callable[[str, Record], str]  # class of machine and record to text; "" where the record has nothing for it
 
@@ -72,37 +73,25 @@ def _contents(found: Record) -> set[tuple[str, ...]]:
     return {*(row.key for row in found.rows), *parts}
 
 
-def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> list[Path]:
-    """Write what differs; returns what was written."""
-    written = []
+def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, write: bool = True) -> list[Path]:
+    """Write what differs, and return its paths; without ``write`` only return them.
+
+    A picture is judged by the record it names, not by its pixels.
+    """
+    differing = []
     records, _ = newest()
     for path in documents:
         if path.exists() and (text := filled(path.read_text(), records)) != path.read_text():
-            path.write_text(text)
-            written.append(path)
+            differing.append(path)
+            if write:
+                path.write_text(text)
     for machine_class, (source, found) in records.items():
         picture = pictures / f"{machine_class}.png"
         if found.rows and _source_in(picture) != _digest(source):
-            from benchmarks.report.plots import plot
-
-            plot(_pictured(found.rows), picture, _digest(source))
-            written.append(picture)
-    return written
-
-
-def stale(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES) -> list[str]:
-    """What ``render`` would change, in words. A picture is judged by the record it names, not by its pixels."""
-    records, _ = newest()
-    found = [
-        f"{path.name} differs from the newest record"
-        for path in documents
-        if path.exists() and filled(path.read_text(), records) != path.read_text()
-    ]
-    for machine_class, (source, kept) in records.items():
-        picture = pictures / f"{machine_class}.png"
-        if kept.rows and _source_in(picture) != _digest(source):
-            found.append(f"{picture.name} is not drawn from {source.name}")
-    return found
+            differing.append(picture)
+            if write:
+                plot(_pictured(found.rows), picture, _digest(source))
+    return differing
 
 
 def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
@@ -241,14 +230,8 @@ def _digest(source: Path) -> str:
 
 
 def _source_in(picture: Path) -> str | None:
-    """The "Source" text of a PNG, read from its chunks: length, type, data, checksum."""
+    """The "Source" that a PNG's metadata names."""
     if not picture.exists():
         return None
-    data, at = picture.read_bytes(), 8
-    while at < len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        if kind == b"tEXt" and body.startswith(b"Source\0"):
-            return body.split(b"\0", 1)[1].decode("latin-1")
-        at += size + 12
-    return None
+    with Image.open(picture) as image:
+        return image.info.get("Source")

@@ -30,15 +30,6 @@ RACE = {
     "err dW": ("err_weight", ".1e"),
     "note": ("note", ""),
 }
-ACCURACY = {
-    "dtype": ("dtype", ""),
-    "mean logp": ("mean_logp", ".2g"),
-    "quantity": ("quantity", ""),
-    "naive": ("naive", ".1e"),
-    "ours": ("ours", ".1e"),
-    "allowed": ("allowed", ".1e"),
-    "": ("verdict", ""),
-}
 
 
 def number(value: float | None, form: str = ".0f") -> str:
@@ -71,7 +62,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def text(table: pd.DataFrame) -> str:
     """For a terminal."""
-    return str(table.to_string(index=False)) if len(table) else "nothing"
+    return str(table.to_string(index=False, float_format="{:.3g}".format)) if len(table) else "nothing"
 
 
 def listed(header: Sequence[str], lines: Iterable[Sequence[str]]) -> pd.DataFrame:
@@ -99,9 +90,7 @@ def print_rows(rows: Iterable[Row]) -> None:
 
 
 def print_accuracy(rows: Iterable[AccuracyRow]) -> None:
-    found = [{**asdict(row), "verdict": "" if row.holds else "ABOVE"} for row in rows]
-    if found:
-        print(text(cells(pd.DataFrame(found), ACCURACY)))
+    print(text(pd.DataFrame([{**asdict(row), "": "" if row.holds else "ABOVE"} for row in rows])))
 
 
 def compare(before: Iterable[Row], after: Iterable[Row]) -> str:

@@ -161,6 +161,7 @@ def test_trained_like_states_are_what_they_claim(dtype: str, softcap: float | No
     assert logps.quantile(0.1).item() < -3.5  # and some are surprises
 
 
+@pytest.mark.slow
 def test_the_table_of_regimes_covers_what_it_names() -> None:
     for row in accuracy.run(scores=32, features=256, vocab=8000):
         assert row.holds, row
@@ -233,12 +234,12 @@ def test_render_fills_marked_places(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     document, pictures = tmp_path / "page.md", tmp_path / "images"
     document.write_text("\n".join(f"<!-- benchmarks:cpu-{name} -->\n<!-- /benchmarks -->" for name in render.TABLES))
-    assert render.stale([document], pictures) == []  # nothing is recorded, so there is nothing to show
+    assert render.render([document], pictures, write=False) == []  # nothing is recorded, so there is nothing to show
     rows = accuracy.run(scores=8, features=16, vocab=64)
     Record("box", "2026-01-01", rows=_rows(), accuracy=rows).save(tmp_path / "cpu-test-2026-01-01.json")
-    assert len(render.stale([document], pictures)) == 2
+    assert len(render.render([document], pictures, write=False)) == 2
     render.render([document], pictures)
-    assert render.stale([document], pictures) == []
+    assert render.render([document], pictures, write=False) == []
     assert "| ours | 100 |" in document.read_text()
     document.write_text("<!-- benchmarks:cpu-nonsense -->\n<!-- /benchmarks -->")
     with pytest.raises(ValueError, match="names no table"):
@@ -288,7 +289,7 @@ def test_time_over_floor_is_explained_where_it_is_shown() -> None:
 
 
 def test_documents_show_the_recorded_figures() -> None:
-    assert render.stale() == [], "run `python -m benchmarks render`"
+    assert render.render(write=False) == [], "run `python -m benchmarks render`"
 
 
 def test_the_recorded_compilation_has_no_problem() -> None:

@@ -68,6 +68,7 @@ def test_make_gpu_says_what_python_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, make gpu itself runs")
+@pytest.mark.slow
 def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "toy.json"
     assert command.main(["gpu", "--device", "cpu", "--json", str(file)]) == 0
@@ -120,6 +121,7 @@ def test_on_a_gpu_the_providers_of_a_head_share_a_process(monkeypatch: pytest.Mo
     assert seen == [[row] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_failure_ends_its_process_and_nothing_else() -> None:
     """The first measurement names no dtype; the others of its process get theirs all the same."""
     bad = Row("tiny-cpu", "tiny-cpu", "trained-like", "trainable", "nothing", "full", "floor")

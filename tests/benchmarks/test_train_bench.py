@@ -34,6 +34,7 @@ def _last(rows: Sequence[Row], limit: int = LIMIT) -> list[Row]:
 
 
 @pytest.mark.parametrize("setting", ["", train.CHECKPOINTING])
+@pytest.mark.slow
 def test_stock_and_patched_train_the_same(setting: str) -> None:
     rows = _last([row for row in ROWS if row.setting == setting])
     assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]

@@ -136,6 +136,7 @@ def test_the_suggestion_is_the_smallest_worst_ratio() -> None:
 
 @WITHOUT_GPU
 @pytest.mark.parametrize("head", ["trainable", "frozen"])
+@pytest.mark.slow
 def test_steps_are_parts_of_the_call(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.json"
     wanted = ["--case", "small-v32k-cpu", "--batch", "ragged-small-cpu", "--head", head]
