@@ -64,4 +64,4 @@ def _outputs(logprobs: Logprobs, hidden: Tensor, weight: Tensor, labels: Tensor)
 
 def relative_error(value: Tensor, true: Tensor) -> float:
     """Of Frobenius norms, in float64."""
-    return float((value.double() - true).norm() / true.norm().clamp(min=1e-300))
+    return float(((value.double() - true).norm() / true.norm().clamp(min=1e-300)).item())
