@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# `make gpu` and `make tune` install nothing: this Python has torch, triton, transformers and pytest already.
-GPU_PYTHON ?= python3
+# `make gpu` and `make tune` install nothing: this Python has torch, triton, transformers and pytest already. It is that
+# of .venv where there is one.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
+GPU_NEEDS := torch triton transformers pytest xdist hypothesis tqdm psutil matplotlib pandas typer
 # Where `make wheelhouse` puts the peers' wheels, and where `make gpu` unpacks them.
 WHEELS := wheelhouse
 PEERS := build/peers
@@ -11,7 +13,7 @@ PEERS := build/peers
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench compile gpu tune wheelhouse clean
+.PHONY: help install demo test quick lint types bench compile gpu tune wheelhouse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +33,10 @@ demo: install  ## train a small model with ORPO: stock TRL, the patch, and plain
 test: install  ## every test
 	$(PY) -m pytest -n 2 $(ARGS)
 
+# All but what is marked slow and what runs in Triton's interpreter, which has "triton" in its name.
+quick: install  ## the tests of an inner loop, under ninety seconds on two idle cores
+	$(PY) -m pytest -n 2 -m "not slow" -k "not triton" $(ARGS)
+
 lint: install  ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -45,17 +51,27 @@ bench: install  ## record this machine's figures under benchmarks/results/ and p
 compile: install  ## compile every kernel for chips that need not be there
 	$(PY) -m benchmarks compile $(ARGS)
 
+# Says which modules GPU_PYTHON lacks, where a traceback would be about the first of them alone.
+define needs
+@PYTHONPATH=$(PEERS) $(GPU_PYTHON) -c 'import importlib.util as u, sys; lost = [m for m in sys.argv[1:] if not u.find_spec(m)]; sys.exit(lost and "$(GPU_PYTHON) lacks " + ", ".join(lost) + ": install them into it, name another (make GPU_PYTHON=...), or make install")' $(1)
+endef
+
 gpu: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: the suite, the sanitizers, the race, its targets
+	$(call needs,$(GPU_NEEDS))
 	PYTHONPATH=. ORPO_PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks gpu $(ARGS)
 
-tune:  ## on a GPU, offline: time every candidate tile of the score GEMM
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks tune $(ARGS)
+tune: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: time every candidate tile of the score GEMM
+	$(call needs,$(GPU_NEEDS))
+	PYTHONPATH=. ORPO_PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks tune $(ARGS)
 
 # Only what an image with torch and transformers lacks, without what those bring; last on the path, so that nothing of the
 # image is replaced.
 PEER_PACKAGES := liger-kernel trl datasets accelerate peft cut-cross-entropy pyarrow dill multiprocess
+# The commands and their tables, and what those two bring.
+PEER_PACKAGES += typer annotated-doc shellingham rich markdown-it-py mdurl pygments pydantic pydantic-core \
+  annotated-types typing-inspection pandas python-dateutil tzdata
 
-wheelhouse:  ## fetch the peers' wheels for a GPU machine without a network (Python 3.12, Linux x86-64, 57 MB)
+wheelhouse:  ## fetch the peers' wheels for a GPU machine without a network (Python 3.12, Linux x86-64, 73 MB)
 	$(PYTHON) -m pip download --quiet --dest $(WHEELS) --no-deps --only-binary :all: --python-version 3.12 \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 	  --constraint constraints.txt $(PEER_PACKAGES)

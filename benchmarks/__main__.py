@@ -1,254 +1,249 @@
-"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train, tune, profile."""
+"""``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train, tune, profile, gpu."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from rich.console import Console
+import typer
 
-from benchmarks import accuracy, compile, gpu, machine, profile, race, record, render, report, train, tune
-from benchmarks.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, Batch, Case
-from benchmarks.providers import NAMES, default_names
-from benchmarks.rows import Record, Row, Spec
+from benchmarks import accuracy, race
+from benchmarks.harness import machine
+from benchmarks.harness.measure import UnsupportedError
+from benchmarks.harness.record import Record, Row
+from benchmarks.lab import compile, gpu, profile, train, tune
+from benchmarks.problems import sections
+from benchmarks.problems.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, TASKS, fitting
+from benchmarks.problems.providers import NAMES, default_names
+from benchmarks.report import render, tables
+
+app = typer.Typer(help="Time, memory and accuracy of the ORPO loss.", add_completion=False)
+HERE: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _names(known: Iterable[str], text: str = "") -> Any:
+    """An option that takes names of ``known``, several where it is a list."""
+    known = list(known)
+
+    def check(given: Any) -> Any:
+        unknown = sorted({given} - {None} - set(known) if isinstance(given, str) else set(given or ()) - set(known))
+        if unknown:
+            raise typer.BadParameter(f"no {', '.join(unknown)}; there are {', '.join(known)}")
+        return given
+
+    return typer.Option(metavar="NAME", callback=check, help=f"{text} of {', '.join(known)}".strip())
+
+
+Names = list[str] | None
+Cases = Annotated[Names, _names(CASES)]
+Batches = Annotated[Names, _names(BATCHES)]
+Providers = Annotated[Names, _names(NAMES)]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option()]
+Json = Annotated[Path | None, typer.Option("--json", help="write the rows to this file")]
+Seconds = Annotated[float, typer.Option(help="what everything together may take")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be measured")]
+
+
+@app.command()
+def loss(
+    task: Annotated[str, _names(TASKS)] = "loss",
+    cases: Cases = None,
+    batches: Batches = None,
+    providers: Providers = None,
+    states: Annotated[list[str], _names(STATES)] = ["trained-like"],  # noqa: B006  typer reads it, nobody writes
+    head: Annotated[list[str], _names(HEADS)] = ["trainable"],  # noqa: B006
+    dtype: Annotated[list[str], _names(DTYPES)] = ["bfloat16"],  # noqa: B006
+    phase: Annotated[list[str], _names(PHASES)] = ["full"],  # noqa: B006
+    device: Device = HERE,
+    repeats: Annotated[int, typer.Option(help="timed calls of each provider at most")] = 7,
+    seconds: Annotated[float, typer.Option(help="no new timed call after this long")] = 15.0,
+    path: Json = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="draw the rows into this PNG")] = None,
+) -> int:
+    """Race the providers on cases of your choice: the loss, or log-probabilities under a random upstream gradient."""
+    cases = cases or fitting(CASES, device)
+    batches = batches or [name for name in fitting(BATCHES, device) if not name.startswith("length-")]
+    names = providers or default_names(device, task)
+    wanted = sections.rows(cases, batches, head, dtype, names, states=states, phases=phase, task=task)
+    rows = race.run(wanted, device, repeats=repeats, seconds=seconds, keep=_keeper(path, device))
+    tables.print_rows(rows)
+    if picture:
+        from benchmarks.report.plots import plot
+
+        plot(rows, picture)
+    return _code(rows)
+
+
+@app.command()
+def compare(before: Path, after: Path) -> None:
+    """Two records side by side, as ratios."""
+    print(tables.compare(Record.load(before).rows, Record.load(after).rows))
+
+
+@app.command("accuracy")
+def _accuracy(device: Device = HERE, path: Json = None) -> int:
+    """Errors against float64 from hopeless to certain predictions."""
+    rows = accuracy.run(device)
+    tables.print_accuracy(rows)
+    if path:
+        _record_of(device, accuracy=rows).save(path)
+    return int(not all(row.holds for row in rows))
+
+
+@app.command()
+def record(
+    only: Annotated[Names, typer.Option(metavar="SECTION", help="sections to measure (again)")] = None,
+    providers: Providers = None,
+    path: Annotated[Path | None, typer.Option("--json", help="another file than the machine's own")] = None,
+    device: Device = HERE,
+) -> int:
+    """Record this machine under benchmarks/results/."""
+    known = [*sections.sections(device), race.ACCURACY]
+    if unknown := [name for name in only or [] if name not in known]:
+        raise typer.BadParameter(f"no section {', '.join(unknown)}; there are {', '.join(known)}", param_hint="--only")
+    path = path or race.path_of(torch.device(device))
+    kept = race.record(torch.device(device), only or known, path, providers or ())
+    tables.print_rows(kept.rows)
+    tables.print_accuracy(kept.accuracy)
+    print(f"written to {path}; `python -m benchmarks render` puts it into the documents")
+    return _code(kept.rows)
+
+
+@app.command("render")
+def _render(check: Annotated[bool, typer.Option("--check", help="only say whether they differ")] = False) -> int:
+    """Write the newest records into README.md and docs/."""
+    found = render.render(write=not check)
+    for reason in render.newest()[1]:
+        print(reason)
+    for differing in found:
+        name = differing.relative_to(machine.ROOT)
+        print(f"{name} differs from the newest record: run `python -m benchmarks render`" if check else f"wrote {name}")
+    return int(check and bool(found))
+
+
+@app.command("compile")
+def _compile(
+    targets: Annotated[Names, _names(compile.TARGETS)] = None,
+    path: Json = None,
+) -> int:
+    """Compile every kernel for chips that need not be there."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UnsupportedError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter: unset it")
+    rows = compile.run(targets or list(compile.TARGETS))
+    print(compile.report(rows))
+    if path:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return int(any(row.problem for row in rows))
+
+
+@app.command("train")
+def _train(
+    models: Annotated[Names, _names(train.MODELS)] = None,
+    device: Device = HERE,
+    steps: Annotated[int, typer.Option(help="timed optimiser steps")] = train.STEPS,
+    longest_limit: Annotated[int | None, typer.Option(help="tokens a side that end the search")] = None,
+    seconds: Seconds = train.SECONDS,
+    dry_run: DryRun = False,
+    path: Json = None,
+) -> int:
+    """TRL training steps, stock against patched, and the longest pair that trains."""
+    wanted, limit = train.plan(models, device, steps, longest_limit)
+    if dry_run:
+        print(tables.text(train.plan_table(wanted, steps, limit)))
+        return 0
+    rows = train.run(wanted, device, steps, limit, seconds, _keeper(path, device))
+    print(tables.text(train.table(rows)), *train.remarks(rows), sep="\n")
+    return _code(rows)
+
+
+@app.command("gpu")
+def _gpu(
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu: toy sizes, in Triton's interpreter")] = "cuda",
+    seconds: Seconds = 530.0,
+    only: Annotated[Names, _names(gpu.STEPS)] = None,
+    dry_run: DryRun = False,
+    path: Annotated[Path | None, typer.Option("--json", help="another file than the machine's own")] = None,
+) -> int:
+    """Everything that needs a GPU: the suite, the sanitizers, the race and its targets."""
+    if dry_run:
+        gpu.print_plan(device, seconds)
+        return 0
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, here and in every process started here
+        path = path or Path(tempfile.mkdtemp(), "gpu.json")
+    elif not torch.cuda.is_available():
+        remedy = "--dry-run says what would run, --device cpu tries it at toy sizes"
+        raise UnsupportedError(f"gpu needs a CUDA device and torch sees none; {remedy}")
+    return gpu.run(torch.device(device), seconds, path or race.path_of(torch.device(device)), only or ())
+
+
+@app.command("tune")
+def _tune(
+    cases: Annotated[Names, _names([*CASES, *tune.TINY])] = None,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu interprets a tiny case")] = "cuda",
+    seconds: Annotated[float, typer.Option(help="no new measurement after this long")] = tune.SECONDS,
+    dry_run: DryRun = False,
+    path: Json = None,
+) -> int:
+    """Race tiles of the score GEMM against the library's plain product."""
+    chosen, arch = tune.cases_of(cases, device, dry_run)
+    if dry_run:
+        tune.print_plan(chosen, arch)
+        return 0
+    rows = tune.run(chosen, arch, torch.device(device), seconds, _keeper(path, device))
+    tune.print_rows(rows, arch)
+    return int(any(row.status == "wrong" for row in rows))
+
+
+@app.command("profile")
+def _profile(
+    case: Annotated[str | None, _names(CASES)] = None,
+    batch: Annotated[str | None, _names(BATCHES)] = None,
+    head: Annotated[str, _names(HEADS)] = HEADS[0],
+    device: Device = HERE,
+    path: Json = None,
+) -> None:
+    """One call of the loss by its steps, and over its floor."""
+    usual = profile.DEFAULTS[device]
+    call, *steps = profile.run(case or usual[0], batch or usual[1], head, torch.device(device))
+    print(profile.described(call), tables.text(profile.table(steps)), sep="\n")
+    _keeper(path, device)([call, *steps])
+
+
+def _record_of(device: str, **contents: Any) -> Record:
+    return Record(machine.device_name(torch.device(device)), machine.today(), machine.commit(), **contents)
+
+
+def _keeper(path: Path | None, device: str) -> Callable[[list[Row]], None]:
+    """Writes the rows so far to ``path``, if there is one."""
+    return lambda rows: _record_of(device, rows=rows).save(path) if path else None
+
+
+def _code(rows: Iterable[Row]) -> int:
+    return int(any(row.status == "failed" for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    result: int = options.command(options, Console())
-    return result
-
-
-def _loss(options: argparse.Namespace, console: Console) -> int:
-    """The race."""
-    device = torch.device(options.device)
-    cases = options.cases or _fitting(CASES, device)
-    batches = options.batches or [name for name in _fitting(BATCHES, device) if not name.startswith("length-")]
-    wanted = race.specs(
-        cases, batches, options.states, options.head, options.dtype, options.phase,
-        options.providers or default_names(device),
-        device=options.device, repeats=options.repeats, seconds=options.seconds,
-    )  # fmt: skip
-    kept = Record(machine.device_name(device), machine.today(), machine.commit())
-
-    def keep(rows: list[Row]) -> None:
-        kept.rows = rows
-        if options.json:
-            kept.save(options.json)
-
-    rows = race.run(wanted, keep)
-    report.print_rows(rows, console)
-    if options.plot:
-        from benchmarks.plot import plot
-
-        plot(rows, options.plot)
-    return 1 if any(row.status == "failed" for row in rows) else 0
-
-
-def _compare(options: argparse.Namespace, console: Console) -> int:
-    report.compare(Record.load(options.before).rows, Record.load(options.after).rows, console)
-    return 0
-
-
-def _accuracy(options: argparse.Namespace, console: Console) -> int:
-    rows = accuracy.run(options.device)
-    report.print_accuracy(rows, console)
-    if options.json:
-        device = torch.device(options.device)
-        Record(machine.device_name(device), machine.today(), machine.commit(), accuracy=rows).save(options.json)
-    return 0 if all(row.holds for row in rows) else 1
-
-
-def _record(options: argparse.Namespace, console: Console) -> int:
-    device = torch.device(options.device)
-    known = [*record.sections(device), record.ACCURACY]
-    unknown = [name for name in options.only or [] if name not in known]
-    if unknown:
-        console.print(f"no section {', '.join(unknown)}; there are {', '.join(known)}")
-        return 2
-    path = options.json or record.path_of(device)
-    kept = record.record(device, options.only or known, path, options.providers or ())
-    report.print_rows(kept.rows, console)
-    report.print_accuracy(kept.accuracy, console)
-    console.print(f"written to {path}; `python -m benchmarks render` puts it into the documents")
-    return 1 if any(row.status == "failed" for row in kept.rows) else 0
-
-
-def _render(options: argparse.Namespace, console: Console) -> int:
-    if options.check:
-        problems = render.stale()
-        for problem in problems:
-            console.print(f"{problem}: run `python -m benchmarks render`")
-        return 1 if problems else 0
-    for path in render.render():
-        console.print(f"wrote {path.relative_to(machine.ROOT)}")
-    return 0
-
-
-def _compile(options: argparse.Namespace, console: Console) -> int:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        console.print("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter: unset it")
-        return 2
-    rows = compile.run(options.targets)
-    report.print_compiled(rows, console)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 1 if any(row.problem for row in rows) else 0
-
-
-def _train(options: argparse.Namespace, console: Console) -> int:
+    """The exit code: 0, 1 where something measured failed, 2 where it could not be measured, with the reason."""
+    words: list[str] = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        # "--cases a b" is "--cases a --cases b", the only form that typer knows.
+        options = [earlier for earlier in words if earlier.startswith("--")]
+        if options and not word.startswith("--") and words[-1] != options[-1]:
+            words.append(options[-1])
+        words.append(word)
     try:
-        wanted = train.specs(options.models, options.device, options.steps, options.longest_limit)
-    except ValueError as problem:
-        console.print(str(problem))
+        return int(app(words, standalone_mode=False, prog_name="python -m benchmarks") or 0)
+    except (typer.TyperException, UnsupportedError) as problem:
+        print(problem.format_message() if isinstance(problem, typer.TyperException) else problem, file=sys.stderr)
         return 2
-    if options.dry_run:
-        train.print_plan(wanted, console)
-        return 0
-    rows: list[train.TrainRow] = []
-    for found in train.run(wanted, options.seconds):
-        rows += found
-        if options.json:
-            train.save(options.json, rows, torch.device(options.device))
-    train.print_rows(rows, console)
-    return 1 if any(row.status == "failed" for row in rows) else 0
-
-
-def _gpu(options: argparse.Namespace, console: Console) -> int:
-    device = torch.device(options.device)
-    if options.dry_run:
-        gpu.plan(device, options.seconds, console)
-        return 0
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, here and in every process started here
-    path = options.json or (record.path_of(device) if device.type == "cuda" else Path(tempfile.mkdtemp(), "gpu.json"))
-    return gpu.run(device, options.seconds, path, options.only or (), console)
-
-
-def _tune(options: argparse.Namespace, console: Console) -> int:
-    try:
-        cases, arch = tune.cases_of(options.cases, options.device, options.dry_run)
-    except ValueError as problem:
-        console.print(str(problem))
-        return 2
-    if options.dry_run:
-        tune.print_plan(cases, arch, console)
-        return 0
-
-    def keep(rows: list[tune.TuneRow]) -> None:
-        if options.json:
-            tune.save(options.json, rows)
-
-    rows = tune.run(cases, arch, torch.device(options.device), options.seconds, keep)
-    tune.print_rows(rows, arch, console)
-    return 1 if any(row.status == "wrong" for row in rows) else 0
-
-
-def _profile(options: argparse.Namespace, console: Console) -> int:
-    device = torch.device(options.device)
-    case, batch = profile.DEFAULTS[device.type]
-    found = profile.run(options.case or case, options.batch or batch, options.head, device)
-    profile.print_profile(found, console)
-    if options.json:
-        profile.save(options.json, found)
-    return 0
-
-
-def _fitting(known: dict[str, Case] | dict[str, Batch], device: torch.device) -> list[str]:
-    return [name for name, entry in known.items() if entry.cpu == (device.type == "cpu")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Time, memory and accuracy of the ORPO loss.")
-    commands = parser.add_subparsers(required=True)
-
-    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(command=function)
-        return added
-
-    def several(to: argparse.ArgumentParser, flag: str, known: Sequence[str], default: list[str] | None) -> None:
-        shown = "what suits the device" if default is None else " ".join(default)
-        to.add_argument(
-            flag, nargs="+", choices=list(known), metavar="NAME", default=default,
-            help=f"of {', '.join(known)} (default: {shown})",
-        )  # fmt: skip
-
-    def on_device(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-
-    loss = command("loss", _loss, "race the providers on cases of your choice")
-    several(loss, "--cases", list(CASES), None)
-    several(loss, "--batches", list(BATCHES), None)
-    several(loss, "--providers", NAMES, None)
-    several(loss, "--states", list(STATES), ["trained-like"])
-    several(loss, "--head", HEADS, ["trainable"])
-    several(loss, "--dtype", DTYPES, ["bfloat16"])
-    several(loss, "--phase", PHASES, ["full"])
-    on_device(loss)
-    loss.add_argument("--repeats", type=int, default=Spec.repeats, help="timed calls of each provider at most")
-    loss.add_argument("--seconds", type=float, default=Spec.seconds, help="no new timed call after this long")
-    loss.add_argument("--json", type=Path, help="write the rows to this file")
-    loss.add_argument("--plot", type=Path, help="draw them into this PNG")
-
-    compare = command("compare", _compare, "two records side by side, as ratios")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
-
-    errors = command("accuracy", _accuracy, "errors against float64 from hopeless to certain predictions")
-    on_device(errors)
-    errors.add_argument("--json", type=Path, help="write the rows to this file")
-
-    recording = command("record", _record, "record this machine under benchmarks/results/")
-    recording.add_argument("--only", nargs="+", metavar="SECTION", help="sections to measure (again)")
-    several(recording, "--providers", NAMES, None)
-    recording.add_argument("--json", type=Path, help="another file than the machine's own")
-    on_device(recording)
-
-    compiling = command("compile", _compile, "compile every kernel for chips that need not be there")
-    several(compiling, "--targets", list(compile.TARGETS), list(compile.TARGETS))
-    compiling.add_argument("--json", type=Path, help="write the rows to this file")
-
-    training = command("train", _train, "TRL training steps, stock against patched, and the longest pair that trains")
-    several(training, "--models", list(train.MODELS), None)
-    on_device(training)
-    training.add_argument("--steps", type=int, default=train.TrainSpec.steps, help="timed optimiser steps")
-    training.add_argument("--longest-limit", type=int, help="tokens a side that end the search for the longest pair")
-    training.add_argument("--seconds", type=float, default=train.SECONDS, help="time for everything together")
-    training.add_argument("--dry-run", action="store_true", help="only say what would be measured")
-    training.add_argument("--json", type=Path, help="write the rows to this file")
-
-    whole = command("gpu", _gpu, "everything that needs a GPU: the suite, the sanitizers, the race and its targets")
-    on_device(whole)
-    whole.add_argument("--seconds", type=float, default=530.0, help="what all steps together may take")
-    whole.add_argument("--only", nargs="+", metavar="STEP", choices=gpu.STEPS, help=f"of {', '.join(gpu.STEPS)}")
-    whole.add_argument("--dry-run", action="store_true", help="say what would run")
-    whole.add_argument("--json", type=Path, help="another file than the machine's own")
-
-    tuning = command("tune", _tune, "race tiles of the score GEMM against the library's plain product")
-    several(tuning, "--cases", [*CASES, *tune.TINY], None)
-    tuning.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu interprets a tiny case")
-    tuning.add_argument("--seconds", type=float, default=tune.SECONDS, help="no new measurement after this long")
-    tuning.add_argument("--dry-run", action="store_true", help="only list the candidates, in their order")
-    tuning.add_argument("--json", type=Path, help="write the rows to this file")
-
-    profiling = command("profile", _profile, "one call of the loss by its steps, each against its own floor")
-    profiling.add_argument("--case", choices=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
-    profiling.add_argument("--batch", choices=list(BATCHES), metavar="NAME", help=f"of {', '.join(BATCHES)}")
-    profiling.add_argument("--head", choices=HEADS, default=HEADS[0])
-    on_device(profiling)
-    profiling.add_argument("--json", type=Path, help="write the steps to this file")
-
-    rendering = command("render", _render, "write the newest records into README.md and docs/")
-    rendering.add_argument("--check", action="store_true", help="only say whether they differ")
-    return parser
 
 
 if __name__ == "__main__":

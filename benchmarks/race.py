@@ -1,123 +1,186 @@
-"""Runs measurements in processes of their own and keeps every answer, also those that are no figures."""
+"""The race: the ORPO loss, or log-probabilities under a random upstream gradient, by everyone, checked and then timed.
+
+``measure`` runs in a process of its own; ``run`` and ``record`` ask for it and keep every answer, also those that are
+no figures.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
+import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from itertools import product, takewhile
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import torch
 
-from benchmarks.cases import DTypeName, HeadName, Phase
-from benchmarks.machine import ROOT
-from benchmarks.rows import Row, Spec, Status, row_of
+from benchmarks import accuracy
+from benchmarks.accuracy import relative_error
+from benchmarks.harness import isolate, machine
+from benchmarks.harness.measure import in_turn, measured, summary, timed
+from benchmarks.harness.memory import MIB, peak_of
+from benchmarks.harness.record import Record, Row, merged
+from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
+from benchmarks.problems.floor import build_floor
+from benchmarks.problems.inputs import Problem, make_problem, make_sample
+from benchmarks.problems.providers import NAIVE, PROVIDERS, Provider, objective
+from benchmarks.problems.sections import sections
+from orpo_kernels import reference
 
-TIMEOUT_S = 1200  # of one measurement
-PATIENCE_S = 60  # beyond a deadline, for the measurement that runs then
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-
-
-def specs(
-    cases: Iterable[str],
-    batches: Iterable[str],
-    states: Iterable[str],
-    heads: Iterable[HeadName],
-    dtypes: Iterable[DTypeName],
-    phases: Iterable[Phase],
-    providers: Iterable[str],
-    *,
-    device: str,
-    repeats: int = Spec.repeats,
-    seconds: float = Spec.seconds,
-) -> list[Spec]:
-    """Every combination; a group's providers run one after the other, and so see the same state of the machine."""
-    return [
-        Spec(*combination, device=device, repeats=repeats, seconds=seconds)
-        for combination in product(cases, batches, states, heads, dtypes, phases, providers)
-    ]
+RESULTS = Path(__file__).parent / "results"
+ACCURACY = "accuracy"
+# Timed calls of one measurement at most, and seconds after which none is begun; three are made in any case, the one
+# whose memory is watched among them.
+EFFORT: dict[str, dict[str, Any]] = {"cpu": {"repeats": 9, "seconds": 25.0}, "cuda": {"repeats": 30, "seconds": 0.6}}
+MIN_REPEATS = 3
+WARM_UP = {"cpu": 1, "cuda": 3}
+WRONG_FACTOR = 20  # times the naive implementation's own error
 
 
 def run(
-    wanted: Sequence[Spec], keep: Callable[[list[Row]], None] = lambda _: None, budget: float | None = None
+    wanted: Sequence[Row],
+    device: str,
+    *,
+    repeats: int,
+    seconds: float,
+    keep: Callable[[list[Row]], None] = lambda _: None,
+    budget: float = float("inf"),
 ) -> list[Row]:
-    """One row for each spec. ``keep`` sees the rows so far after each process, so that an interrupted race is not lost.
+    """One answer for each row; after ``budget`` seconds nothing more is started."""
+    options = {"device": device, "repeats": repeats, "seconds": seconds}
+    together = isolate.alone if device == "cpu" else by_head
+    return isolate.run("benchmarks.race", wanted, options, together=together, seconds=budget, keep=keep)
 
-    After ``budget`` seconds nothing more is started; what was not reached says so.
+
+def by_head(row: Row) -> Hashable:
+    """On a GPU, whose allocator counts calls apart, the providers of a head share a process: starting anew would take
+    longer than measuring."""
+    return row.case
+
+
+def measure(rows: Sequence[Row], *, device: str, repeats: int, seconds: float, until: float) -> Iterator[Row]:
+    """Check, then time. Whatever goes wrong becomes the row's status, with its message."""
+    place = torch.device(device)
+    about = machine.about(place)
+    for row in rows:
+        if time.time() > until:
+            return
+        provider = PROVIDERS.get(row.provider)
+        row = row.with_(**about, provider_version=provider.version() if provider else torch.__version__)
+        found = measured(row, _measure, place, repeats, seconds)
+        yield found
+        if found.status == "failed":
+            return  # an error on a GPU poisons the process; who asked goes on in another
+        gc.collect()
+        torch.compiler.reset()
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Row:
+    inputs = STATES[row.states], row.dtype, row.head, device
+    case, batch = CASES[row.case], BATCHES[row.batch]
+    provider = PROVIDERS.get(row.provider)
+    if provider is not None:
+        row = check(provider, row, make_sample(case, *inputs))
+        if row.status != "ok":
+            return row
+        torch.compiler.reset()  # or the sample's shapes would turn what is timed into a dynamic-shape kernel
+    problem = make_problem(case, batch, *inputs)
+    row = row.with_(status="ok", scores=batch.scores, positions=problem.labels.numel())
+    if provider is None:  # the floor as an entry of its own: its calls are their own yardstick
+        cut, floor = build_floor(problem, row.phase)
+        (times,) = in_turn([floor], device, repeats=repeats, least=MIN_REPEATS, seconds=seconds)
+        return row.with_(cut=cut, **summary(times, times))
+    step = provider.build(problem, row.task)
+    losses: list[float] = []
+
+    def call() -> None:
+        with torch.set_grad_enabled(row.phase == "full"):
+            problem.clear_gradients()
+            loss = step()
+            if row.phase == "full":
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.item())
+
+    for _ in range(WARM_UP[device.type]):
+        call()
+    problem.clear_gradients()
+    first: list[Callable[[], float]] = []
+    peak = peak_of(lambda: first.append(timed(call, device)), device)
+    returned = sum(grad.numel() * grad.element_size() for grad in problem.gradients().values()) / MIB
+    problem.clear_gradients()
+    cut, floor = build_floor(problem, row.phase)
+    times, floors = in_turn([call, floor], device, repeats=repeats - 1, least=MIN_REPEATS - 1, seconds=seconds)
+    row = row.with_(cut=cut, **summary([first[0](), *times], floors))
+    return row.with_(loss=losses[-1], peak_mib=max(peak.beyond_mib - returned, 0.0), peak_rss_mib=peak.absolute_mib)
+
+
+def check(provider: Provider, row: Row, sample: Problem) -> Row:
+    """Errors of the provider and of the naive implementation on the sample; "wrong" beyond 20 times the latter."""
+    problem = sample.double()
+    loss = truth(problem, row.task)
+    loss.backward()  # type: ignore[no-untyped-call]
+    true = {"loss": loss.detach(), **problem.gradients()}
+    naive = _errors(NAIVE, row.task, sample, true)
+    mine = naive if provider is NAIVE else _errors(provider, row.task, sample, true)
+    found = {f"err_{name}": error for name, error in mine.items()}
+    row = row.with_(status="ok", **found, **{f"naive_err_{name}": error for name, error in naive.items()})
+    for name, yardstick in naive.items():
+        error = mine.get(name)
+        if name != "loss" and not (error is not None and error <= WRONG_FACTOR * yardstick):
+            reason = f"gradient of {name} has error {error}, the naive implementation's is {yardstick:.1e}"
+            return row.with_(status="wrong", reason=reason)
+    return row
+
+
+def truth(problem: Problem, task: str) -> torch.Tensor:
+    """The task's scalar by the specification; of a float64 problem, what all are measured against."""
+    inputs = problem.hidden, problem.weight
+    if task == "logprobs":
+        return objective(problem, task)(reference.linear_logprobs(*inputs, problem.targets, softcap=problem.softcap))
+    options: dict[str, Any] = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
+    return reference.orpo_loss(*inputs, problem.labels, **options)["loss"]
+
+
+def _errors(provider: Provider, task: str, sample: Problem, true: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative errors of the scalar and of every gradient that there is."""
+    sample.clear_gradients()
+    loss = provider.build(sample, task)()
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {"loss": loss.detach(), **sample.gradients()}
+    sample.clear_gradients()
+    return {name: relative_error(found[name], value) for name, value in true.items() if name in found}
+
+
+def path_of(device: torch.device) -> Path:
+    """One file for a machine and a day."""
+    return RESULTS / f"{machine.kind(device)}-{machine.today()}.json"
+
+
+def opened(path: Path, device: torch.device) -> Record:
+    """What the file holds already, or an empty record, of this machine as it is now."""
+    kept = Record.load(path) if path.exists() else Record()
+    kept.machine, kept.date, kept.commit = machine.device_name(device), machine.today(), machine.commit()
+    return kept
+
+
+def record(device: torch.device, only: Sequence[str], path: Path, providers: Sequence[str] = ()) -> Record:
+    """Run the sections and keep every answer at once. What ``path`` holds already stays, unless measured again.
+
+    ``providers`` measures these alone again, after a change that touches no other.
     """
-    rows: list[Row] = []
-    deadline = time.time() + budget if budget is not None else float("inf")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=len(wanted))
-        left = list(wanted)
-        while left:
-            together = _one_process(left)
-            spec = left[0]
-            progress.update(task, description=f"{spec.case} {spec.batch} {spec.dtype} {spec.head} {spec.provider}")
-            if time.time() > deadline:
-                reason = f"the budget of {budget:.0f} s was used up"
-                found = [row_of(spec, "not reached", reason) for spec in together]
-            else:
-                found = run_process(together, deadline)
-            rows += found
-            left = left[len(found) :]
-            keep(rows)
-            for row in found:
-                if row.status in ("failed", "wrong"):
-                    progress.console.print(f"[red]{row.provider}: {row.status}[/red]: {row.reason}", highlight=False)
-            progress.advance(task, len(found))
-    return rows
+    kept = opened(path, device)
+    asked = [row for name, rows in sections(device.type).items() if name in only for row in rows]
+    before = kept.rows
 
+    def keep(rows: list[Row]) -> None:
+        kept.rows = merged(before, rows)
+        kept.save(path)
 
-def _one_process(left: Sequence[Spec]) -> list[Spec]:
-    """What may share a process with the first of ``left``.
-
-    On a CPU nothing: no cache, no compiled kernel and no memory of another provider may be in it, as the memory
-    measured is the process's. On a GPU, whose allocator counts calls apart, starting anew would take longer than
-    measuring.
-    """
-    if left[0].device == "cpu":
-        return [left[0]]
-    return list(takewhile(lambda spec: spec.case == left[0].case, left))
-
-
-def run_process(specs: Sequence[Spec], deadline: float = float("inf")) -> list[Row]:
-    """Rows of at least the first of ``specs``: up to one that failed, or that the deadline came before."""
-    timeout = TIMEOUT_S * len(specs)
-    with tempfile.TemporaryDirectory() as folder:
-        answer, log = Path(folder, "rows.jsonl"), Path(folder, "log.txt")
-        asked = json.dumps([asdict(spec) for spec in specs])
-        command = [sys.executable, "-m", "benchmarks.measure", asked, str(answer), str(deadline)]
-        status: Status = "failed"
-        try:
-            with log.open("w") as sink:
-                done = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, **QUIET},
-                    stdout=sink,
-                    stderr=sink,
-                    timeout=min(timeout, deadline + PATIENCE_S - time.time()),
-                    check=False,
-                )
-            last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-            reason = f"exit code {done.returncode}: {last[:300]}"
-            if done.returncode == -signal.SIGKILL:
-                status, reason = "out of memory", "the kernel ended the process"
-        except subprocess.TimeoutExpired as expired:
-            reason = f"took longer than {expired.timeout:.0f} s"
-        lines = answer.read_text().splitlines() if answer.exists() else []
-    rows = [Row(**json.loads(line)) for line in lines]
-    if rows and (rows[-1].status == "failed" or len(rows) == len(specs)):
-        return rows
-    if time.time() > deadline and not reason.startswith("took"):
-        return [*rows, row_of(specs[len(rows)], "not reached", "the budget was used up")]
-    return [*rows, row_of(specs[len(rows)], status, reason)]
+    wanted = [row for row in asked if not providers or row.provider in providers]
+    run(wanted, device.type, keep=keep, **EFFORT[device.type])
+    if ACCURACY in only:
+        kept.accuracy = accuracy.run(device.type)
+    kept.save(path)
+    return kept

@@ -11,21 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import CASES, STATES, Batch, DTypeName, HeadName, Pair
-from benchmarks.floor import build_floor
-from benchmarks.inputs import Problem, make_problem
-from benchmarks.providers import FLOOR, NAMES, PROVIDERS, UnsupportedError
+from benchmarks.harness.machine import synchronize
+from benchmarks.harness.measure import UnsupportedError
+from benchmarks.problems.cases import CASES, STATES, Batch, Pair
+from benchmarks.problems.floor import build_floor
+from benchmarks.problems.inputs import Problem, make_problem
+from benchmarks.problems.providers import FLOOR, NAMES, PROVIDERS
 
 BATCH = Batch("pytest", (Pair(24, 60, 50), Pair(40, 45, 70)), 112)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES: tuple[DTypeName, ...] = ("bfloat16", "float32")
-HEADS: tuple[HeadName, ...] = ("trainable", "frozen")
+DTYPES = ("bfloat16", "float32")
+HEADS = ("trainable", "frozen")
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("provider", NAMES)
-def test_full(benchmark: Any, provider: str, dtype: DTypeName, head: HeadName) -> None:
+def test_full(benchmark: Any, provider: str, dtype: str, head: str) -> None:
     """Forward and backward."""
     benchmark.group = f"{dtype} {head}"
     problem = make_problem(CASES["small-v32k-cpu"], BATCH, STATES["trained-like"], dtype, head, DEVICE)
@@ -34,16 +36,15 @@ def test_full(benchmark: Any, provider: str, dtype: DTypeName, head: HeadName) -
 
 def _step(provider: str, problem: Problem) -> Any:
     if provider == FLOOR:
-        return build_floor(problem, "full")
+        return build_floor(problem, "full")[1]
     try:
-        step = PROVIDERS[provider].build(problem)
+        step = PROVIDERS[provider].build(problem, "loss")
     except UnsupportedError as reason:
         pytest.skip(str(reason))
 
     def call() -> None:
         problem.clear_gradients()
         step().backward()  # type: ignore[no-untyped-call]
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
 
     return call

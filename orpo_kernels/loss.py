@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels import operators
+from orpo_kernels.backends import Backend
 from orpo_kernels.engine import Fused, Losses, warn_skipped
 from orpo_kernels.objectives import ORPO, Objective, PairLogps, metric_names
 from orpo_kernels.plan import Plan
@@ -107,7 +108,7 @@ def preference_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> PreferenceOutput:
     """A loss over pairs of answers from hidden states and the head's weight, without full logits.
@@ -139,7 +140,7 @@ def preference_loss(
         softcap: the softcap c, or None.
         ignore_index: the label of positions that do not count.
         cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
-        backend: "auto", or a backend's name.
+        backend: "auto", a backend's name, or a ``backends.Backend`` of your own.
         workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to
         the
             copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB, and
@@ -191,7 +192,7 @@ def orpo_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> OrpoOutput:
     """ORPO from hidden states and the head's weight, without full logits.
@@ -313,7 +314,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor:
     """``logp_t = z_{t, y_t} - logsumexp_v z_tv`` per label, without full logits; any upstream gradient.

@@ -68,7 +68,7 @@ class Settings(NamedTuple):
     nll_weight: float | None = None  # weight of the NLL; None takes the objective's own
     nll_reduction: str = "token"  # mean over all NLL tokens, or "sequence": mean over sequences of their means
     ignore_index: int = -100  # the label of positions that do not count
-    backend: str = "auto"  # or a backend's name
+    backend: Any = "auto"  # or a backend's name, or a backends.Backend
     workspace_bytes: int | None = None  # bound on what is held beyond inputs and returned gradients
 
     @property

@@ -19,6 +19,8 @@ pytest.importorskip("rich")
 
 from examples import corpus, demo
 
+pytestmark = pytest.mark.slow  # training runs
+
 EXAMPLES = Path(demo.__file__).parent
 
 

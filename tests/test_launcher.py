@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # scripts in processes of their own
+
 STOCK = Path(__file__).parent / "stock_script.py"
 PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
 

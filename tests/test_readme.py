@@ -23,6 +23,7 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_an_unmodified_script(tmp_path: Path) -> None:
     (command,) = (text.strip() for text in snippets("console") if "orpo_kernels run" in text)
     shutil.copy(ROOT / "tests" / "stock_script.py", tmp_path / "train.py")
@@ -35,6 +36,7 @@ def test_an_unmodified_script(tmp_path: Path) -> None:
     assert "orpo_kernels: patched trl ORPOTrainer" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_lines_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = (text for text in snippets("python") if "patch_trl()" in text)
     assert len([line for line in snippet.splitlines() if line]) == 2

@@ -22,6 +22,8 @@ from tests.stock_script import pairs, tokenizer
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 
+pytestmark = pytest.mark.slow  # whole trainers
+
 ORPOConfig = importlib.import_module("trl.experimental.orpo").ORPOConfig
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

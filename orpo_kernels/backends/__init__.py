@@ -211,19 +211,19 @@ def by_preference(device: torch.device) -> list[Backend]:
     return sorted(available(), key=lambda backend: backend.tuned_for != device.type)
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called ``name``, or for "auto" the first by preference that takes such inputs.
+def select(name: str | Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called ``name`` or that it is, or for "auto" the first by preference that takes such inputs.
 
     Raises:
         ValueError: no such backend, or it refuses these inputs, with its reason.
     """
-    backends = by_preference(device)
+    backends = [name] if isinstance(name, Backend) else by_preference(device)
     names = sorted(backend.name for backend in backends)
-    if name != "auto" and name not in names:
+    if isinstance(name, str) and name != "auto" and name not in names:
         raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
     refusals: list[str] = []
     for backend in backends:
-        if name in ("auto", backend.name):
+        if name in ("auto", backend.name, backend):
             refusal = backend.refuses(device, dtype)
             if refusal is None:
                 return backend

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cases import BETA, STATES, Batch, Pair
-from benchmarks.cases import Case as HeadCase
-from benchmarks.inputs import Problem, make_problem
-from benchmarks.memory import MIB, peak_of
-from benchmarks.providers import compose
+from benchmarks.harness.memory import MIB, peak_of
+from benchmarks.problems.cases import BETA, STATES, Batch, Pair
+from benchmarks.problems.cases import Case as HeadCase
+from benchmarks.problems.inputs import Problem, make_problem
+from benchmarks.problems.providers import compose
 from orpo_kernels import explain, orpo_loss, reference
 from orpo_kernels.backends import select
 from tests.cases import DEVICE, Case, check, make, relative

@@ -54,6 +54,7 @@ def small_chunks() -> Any:
     form=st.sampled_from(["tma", "pointer", "library"]),
 )
 @pytest.mark.filterwarnings("ignore:.*an answer without a token")
+@pytest.mark.slow
 def test_any_shape_in_any_form(
     pairs: int,
     length: int,
@@ -91,6 +92,7 @@ def test_any_shape_in_any_form(
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("workspace", [None, 1])
 @pytest.mark.parametrize("features", [64, 37])
+@pytest.mark.slow
 def test_overflowed_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | None, features: int) -> None:
     """The best logit stands in the last slice, after the sums and products of earlier ones were formed."""
     case = make(dtype, features=features, vocab=200, keep=1.0)
@@ -120,6 +122,7 @@ def test_views_and_transposed_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     case = make(dtype, pairs=3, length=20, features=64, vocab=300, keep=1.0, bias=True)
     case.backend = "triton"
@@ -164,6 +167,7 @@ def _pairs(lengths: list[int], generator: torch.Generator) -> Pairs:
     by_sequence=st.booleans(),
     seed=st.integers(0, 100),
 )
+@pytest.mark.slow
 def test_odds_ratio_kernel(lengths: list[int], level: float, by_sequence: bool, seed: int) -> None:
     """The one launch against the objective in float64, from certain to hopeless means, over groups of pairs."""
     generator = torch.Generator().manual_seed(seed)
@@ -194,6 +198,7 @@ def test_odds_ratio_kernel(lengths: list[int], level: float, by_sequence: bool, 
     seed=st.integers(0, 1000),
     keep=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
 )
+@pytest.mark.slow
 def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> None:
     """The two launches give the targets of torch's sort, in its order, past a block and with two targets a row."""
     generator = torch.Generator().manual_seed(seed)
@@ -220,6 +225,7 @@ def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> 
         assert a.dtype == b.dtype, name
 
 
+@pytest.mark.slow
 def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     """The label's entry of the last row lands in its place in an E of more than 2^31 entries, in a sparse file."""
     vocab, n = 70_001, 30_720
@@ -297,6 +303,7 @@ def test_triton_is_imported_when_a_kernel_starts() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     """No spills, shared memory within the chip's, tensor cores in every product; the widest where it matters."""
     file = tmp_path / "compiled.json"

@@ -40,6 +40,7 @@ def test_every_regime_of_confidence(backend: str, dtype: torch.dtype, confidence
 
 
 @every_run
+@pytest.mark.slow
 def test_separate_nll_labels(backend: str, dtype: torch.dtype) -> None:
     """Prompt and answer as TRL has it, other targets on the same rows, and the chosen half alone."""
     case = make(dtype, pairs=3)
@@ -82,6 +83,7 @@ def test_any_shape_and_any_chunking(
 
 
 @every_run
+@pytest.mark.slow
 def test_every_plan_gives_the_same_result(backend: str, dtype: torch.dtype) -> None:
     case = make(dtype, pairs=6, vocab=3000, features=16, bias=True)
     plans = {}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-DTypeName = Literal["bfloat16", "float16", "float32"]
-HeadName = Literal["trainable", "frozen"]
-Phase = Literal["forward", "full"]
-
-DTYPES: tuple[DTypeName, ...] = ("bfloat16", "float16", "float32")
-HEADS: tuple[HeadName, ...] = ("trainable", "frozen")
-PHASES: tuple[Phase, ...] = ("forward", "full")
+DTYPES = ("bfloat16", "float16", "float32")
+HEADS = ("trainable", "frozen")
+PHASES = ("forward", "full")
+# The ORPO loss, or log-probabilities under a random upstream gradient.
+TASKS = ("loss", "logprobs")
 
 BETA = 0.1
 IGNORE = -100
@@ -25,11 +24,6 @@ class Case:
     features: int
     vocab: int
     softcap: float | None = None
-
-    @property
-    def cpu(self) -> bool:
-        """Sized for a few CPU cores."""
-        return self.name.endswith("-cpu")
 
 
 class Pair(NamedTuple):
@@ -47,11 +41,6 @@ class Batch:
     name: str
     pairs: tuple[Pair, ...]
     positions: int  # T of hidden [2P, T, H]
-
-    @property
-    def cpu(self) -> bool:
-        """Sized for a few CPU cores."""
-        return self.name.endswith("-cpu")
 
     @property
     def scores(self) -> int:
@@ -93,6 +82,11 @@ CASES: dict[str, Case] = {
 def _dense(name: str, pairs: int, positions: int) -> Batch:
     """Every position of both sides is scored: a prompt of one token, which nothing predicts."""
     return Batch(name, (Pair(1, positions, positions),) * pairs, positions)
+
+
+def fitting(known: Iterable[str], device: str) -> list[str]:
+    """Names of what is sized for such a device: for a few CPU cores, or for a GPU."""
+    return [name for name in known if name.endswith("-cpu") == (device == "cpu")]
 
 
 # A series over sequence length, for the plot of growth.

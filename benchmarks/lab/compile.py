@@ -11,21 +11,22 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
+from benchmarks.report.tables import text
+from orpo_kernels import linear_logprobs, orpo_loss, targets
 from orpo_kernels.backends import kernels
 from orpo_kernels.backends.kernels.configs import config
 from orpo_kernels.backends.triton_backend import TritonBackend
-from orpo_kernels.engine import Job, logprobs_grads, run_logprobs, run_orpo
-from orpo_kernels.plan import Needs
-from orpo_kernels.prepare import prepare_logprobs, prepare_orpo
+from orpo_kernels.targets import Columns
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,8 @@ OPTIONAL = (
     "exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight", "grad_logp_hidden", "source_rows", "out_rows",
     "a", "b", "label_entry",
 )  # fmt: skip
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "i1",
-}  # fmt: skip
+FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {**FLOATS, torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1"}
 
 
 @dataclass(frozen=True)
@@ -98,74 +97,66 @@ class Launch:
     stages: int
 
 
+class Recorder(TritonBackend):
+    """Launches are recorded, not started; what the host has to read is computed in plain torch."""
+
+    least_scratch = 1 << 16  # so little that a head of 1,024 tokens is several slices
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def count(self, *arguments: Any) -> torch.Tensor:
+        super().count(*arguments)
+        return targets.count(*arguments)
+
+    def compact(self, *arguments: Any) -> Columns:
+        super().compact(*arguments)
+        return targets.compact(*arguments)
+
+
 def launches(arch: str) -> list[Launch]:
-    """Every distinct launch of the calls below with the tiles of ``arch``."""
+    """Every distinct launch of calls that between them take every branch that leads to another binary."""
     found: dict[Launch, None] = {}
 
     def record(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], meta: dict[str, Any]) -> None:
         found[_launch(kernel, args, meta)] = None
 
-    shipped = config(arch, torch.bfloat16)
+    shipped = Recorder(arch=arch)
     with kernels.common.recording(record):
-        for job, tensors in _jobs(TritonBackend(arch=arch)):
-            _run(job, tensors)
+        for dtype in FLOATS:
+            _call(shipped, "HW", dtype)
+        _call(shipped, "H")
+        _call(shipped, "")
+        _call(shipped, "HWb", workspace_bytes=1)
+        _call(shipped, "HW", nll_reduction="sequence")
+        # Everything the epilogue can do, and rows that are not 16-byte aligned.
+        _call(shipped, "HW", softcap=30.0)
+        _call(shipped, "HWb")
+        _call(shipped, "HWb", softcap=30.0)
+        _call(shipped, "HWb", features=99, softcap=30.0)
+        _call(shipped, "HW", function=linear_logprobs, workspace_bytes=1)
         # The forms that were not chosen, so that they can be raced.
         for form in ("pointer", "library"):
-            _run(*next(_jobs(TritonBackend(arch=arch, config=shipped._replace(form=form)))))
+            other = config(arch, torch.bfloat16)._replace(form=form)  # type: ignore[arg-type]
+            _call(Recorder(arch=arch, config=other), "HW")
     return list(found)
 
 
-def _run(job: Any, tensors: tuple[Any, ...]) -> None:
-    if isinstance(job, Job):
-        labels, offsets = torch.zeros(64, dtype=torch.int64), torch.arange(5) * 16
-        for by_sequence in (False, True):
-            table = job.backend.count_scores(labels, labels, offsets, -100)
-            job.backend.compact_scores(labels, labels, offsets, table, 64, -100, by_sequence, torch.float32)
-        run_orpo(job, *tensors)
-    else:
-        logps, unit, result = run_logprobs(job, *tensors)
-        logprobs_grads(job, unit, result, logps, *tensors)
-    for tensor in tensors:
-        if tensor is not None:
-            job.backend.scale(tensor, torch.ones(()))
-
-
-def _jobs(backend: TritonBackend) -> Iterator[tuple[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]]:
-    """Calls that between them take every branch of the backend that leads to another binary."""
-    everything, nothing = Needs(True, True, True), Needs(False, False, False)
-
-    def inputs(dtype: torch.dtype, features: int, biased: bool) -> tuple[Any, ...]:
-        vocab = 1024
-        hidden, weight = torch.ones(4, 16, features, dtype=dtype), torch.ones(vocab, features, dtype=dtype)
-        return hidden, weight, torch.ones(vocab, dtype=dtype) if biased else None
-
-    def orpo(
-        dtype: torch.dtype, needs: Needs, workspace: int | None, *, features: int = 128, biased: bool = False,
-        softcap: float | None = None,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        hidden, weight, bias = inputs(dtype, features, biased)
-        job = prepare_orpo(
-            hidden, weight, torch.ones(4, 16, dtype=torch.int64), None, bias, 0.1, 1.0, "token", 1.0, softcap, -100,
-            None, "torch", workspace, needs,
-        )  # fmt: skip
-        plan = replace(job.plan, room=max(job.plan.room, 1 << 20))
-        return replace(job, backend=backend, plan=plan), (hidden.view(-1, features), weight, bias)
-
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield orpo(dtype, Needs(True, True, False), None)
-    for needs, workspace in ((Needs(True, False, False), None), (nothing, None), (everything, 1)):
-        yield orpo(torch.bfloat16, needs, workspace)
-    # Everything the epilogue can do, rows that are not 16-byte aligned, and a head in several slices.
-    yield orpo(torch.bfloat16, Needs(True, True, False), None, softcap=30.0)
-    yield orpo(torch.bfloat16, everything, None, biased=True)
-    yield orpo(torch.bfloat16, everything, None, biased=True, softcap=30.0)
-    yield orpo(torch.bfloat16, everything, None, biased=True, softcap=30.0, features=99)
-    hidden, weight, _ = inputs(torch.bfloat16, 128, False)
-    job = prepare_logprobs(
-        hidden, weight, torch.ones(4, 16, dtype=torch.int64), None, 1.0, None, -100, "torch", None,
-        Needs(True, True, False),
-    )  # fmt: skip
-    yield replace(job, backend=backend, room=64 * 2 * 512 * 2), (hidden.view(-1, 128), weight, None)
+def _call(
+    backend: Recorder,
+    trained: str,  # of H(idden), W(eight) and b(ias); a bias is there only if it is trained
+    dtype: torch.dtype = torch.bfloat16,
+    features: int = 128,
+    function: Callable[..., Any] = orpo_loss,
+    **options: Any,
+) -> None:
+    hidden = torch.ones(4, 16, features, dtype=dtype).requires_grad_("H" in trained)
+    weight = torch.ones(1024, features, dtype=dtype).requires_grad_("W" in trained)
+    bias = torch.ones(1024, dtype=dtype).requires_grad_() if "b" in trained else None
+    labels = torch.ones(4, 16, dtype=torch.int64)
+    out = function(hidden, weight, labels, bias=bias, backend=backend, **options)
+    if trained:
+        (out if isinstance(out, torch.Tensor) else out.loss).sum().backward()
 
 
 def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
@@ -274,3 +265,12 @@ def run(targets: Sequence[str], workers: int | None = None) -> list[CompileRow]:
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work, strict=True)), total=len(work), desc="compile"))
     return sorted(rows, key=lambda row: (row.target, row.kernel, row.config))
+
+
+def report(rows: Sequence[CompileRow]) -> str:
+    """One line a binary; what is wrong with any stands at the end."""
+    shown = ["target", "kernel", "config", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
+    found = pd.DataFrame([asdict(row) for row in rows])[shown]
+    bad = [row for row in rows if row.problem]
+    said = [f"{row.target} {row.kernel} {row.config}: {row.problem}" for row in bad]
+    return "\n".join([text(found), *said, f"{len(rows)} binaries, {len(bad)} with a problem"])

@@ -6,37 +6,36 @@ ratio taken against a product timed in turn with it. What does not compile, does
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby, product, zip_longest
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from itertools import product, zip_longest
+from typing import Literal, NamedTuple, cast
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import machine
-from benchmarks.cases import CASES, STATES, Case
-from benchmarks.compile import TARGETS
-from benchmarks.inputs import WEIGHT_STD, make_hidden
+from benchmarks.harness import machine
+from benchmarks.harness.measure import UnsupportedError, in_turn, measured, one_line, summary
+from benchmarks.harness.record import Row
+from benchmarks.lab.compile import TARGETS
+from benchmarks.problems.cases import CASES, STATES, Case
+from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
+from benchmarks.report.tables import frame, text
 from orpo_kernels import reference
 from orpo_kernels.backends.kernels.configs import PASS, Config, Tile, arch_of, config
 from orpo_kernels.backends.triton_backend import TritonBackend, _new_exp_logits
-from orpo_kernels.scores import Head
+from orpo_kernels.settings import Head
 
 Form = Literal["tma", "pointer", "library"]
-TuneStatus = Literal["ok", "wrong", "out of resources", "out of memory", "failed", "not reached"]
 
 SECONDS = 480.0
 REPEATS, WARM_UP = 7, 2
 BEST = 5  # rows shown of each case and number of rows
+SHOWN = ["provider", "median_ms", "p20_ms", "p80_ms", "floor_ms", "ratio"]  # of a row, floor_ms the plain product
 SAMPLE_ROWS = 32  # rows compared with float32, over the whole vocabulary
 SAMPLE_TOKENS = 16384  # tokens of a float32 copy of the head on the way there
 SUM_ERROR = 1e-3  # relative, of float32 sums of positive terms: far above any order of adding, far below a missing tile
@@ -50,10 +49,8 @@ CONSTANTS = {"sm_80": "_AMPERE", "sm_90": "_HOPPER", "sm_100": "_BLACKWELL"}  # 
 # Every combination of rows x tokens x features, warps, stages, group_v, parts and flatten is tried, if it fits.
 Sizes = tuple[int, ...]
 Space = tuple[tuple[tuple[int, int, int], ...], Sizes, Sizes, Sizes, Sizes, tuple[bool, ...]]
-TMA: Space = (
-    ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 128)), (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4),
-    (True, False),
-)  # fmt: skip
+TMA_BLOCKS = ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 128))
+TMA: Space = (TMA_BLOCKS, (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4), (True, False))
 POINTER: Space = (((128, 128, 32), (128, 128, 64), (128, 256, 32)), (4, 8), (3, 4), (8,), (1, 2), (False,))
 
 
@@ -68,32 +65,6 @@ class Candidate(NamedTuple):
         n, v, h, warps, stages, group, parts, flatten = self.tile
         marks = (" flat" if flatten else "") + (" capped" if self.capped else "")
         return f"{self.form} {n}x{v}x{h} w{warps} s{stages} g{group} p{parts}{marks}"
-
-
-@dataclass(frozen=True)
-class TuneRow:
-    """One candidate on one head and number of rows; figures are None where there are none, ``reason`` says why."""
-
-    case: str
-    rows: int
-    candidate: Candidate
-    status: TuneStatus
-    reason: str = ""
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    mm_ms: float | None = None  # the plain product, timed in turn with this candidate
-    ratio: float | None = None  # median_ms / mm_ms
-    device: str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
-
-    def flat(self) -> dict[str, object]:
-        """For JSON: the candidate's and the tile's fields by name."""
-        form, tile, capped = self.candidate
-        return {**asdict(self), "candidate": str(self.candidate), "form": form, "capped": capped, **tile._asdict()}
 
 
 @dataclass(frozen=True)
@@ -158,54 +129,68 @@ def cases_of(names: Sequence[str] | None, device: str, dry: bool) -> tuple[list[
     """The heads to race and the chip they are raced on.
 
     Raises:
-        ValueError: this machine cannot; the message is the remedy.
+        UnsupportedError: this machine cannot; the message is the remedy.
     """
     interpreted = device == "cpu"
     known = TINY if interpreted else {**CASES, **TINY}
     wanted = names or (list(TINY) if interpreted else HEADS)
     if set(wanted) - set(known):
-        raise ValueError(f"--cases {' '.join(wanted)}: --device cpu interprets the kernels, so only {', '.join(known)}")
+        raise UnsupportedError(
+            f"--cases {' '.join(wanted)}: --device cpu interprets the kernels, so only {', '.join(known)}"
+        )
     if interpreted and not dry and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("--device cpu runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
+        raise UnsupportedError("--device cpu runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
     if not interpreted and not dry and not torch.cuda.is_available():
-        raise ValueError("tuning needs a CUDA device; --dry-run lists the candidates, --device cpu tries a tiny case")
+        raise UnsupportedError(
+            "tuning needs a CUDA device; --dry-run lists the candidates, --device cpu tries a tiny case"
+        )
     found = torch.device(device) if interpreted or torch.cuda.is_available() else None
     arch = arch_of(found) if found else "sm_90"  # what the space was written for
     if arch == "none":
-        raise ValueError("the Triton backend needs compute capability 8.0 or newer, so there is nothing to tune")
+        raise UnsupportedError("the Triton backend needs compute capability 8.0 or newer, so there is nothing to tune")
     return [known[name] for name in wanted], arch
 
 
 def run(
-    cases: Sequence[Case], arch: str, device: torch.device, seconds: float,
-    keep: Callable[[list[TuneRow]], None] = lambda _: None,
-) -> list[TuneRow]:  # fmt: skip
-    """A row for every candidate, head and number of rows. ``keep`` sees the rows so far after each candidate."""
+    cases: Sequence[Case],
+    arch: str,
+    device: torch.device,
+    seconds: float,
+    keep: Callable[[list[Row]], None] = lambda _: None,
+) -> list[Row]:
+    """A row for every candidate, head and number of rows. ``keep`` sees the rows so far after each candidate.
+
+    All share one process, whose compiled kernels and heads they share: a candidate that fails is a row.
+    """
     deadline = time.monotonic() + seconds
     works = [work for case in cases for work in make_work(case, device)]
-    about: dict[str, Any] = {
-        "device": machine.device_name(device), "torch": torch.__version__, "triton": machine.version("triton"),
-        "commit": machine.commit(), "date": machine.today(),
-    }  # fmt: skip
-    rows: list[TuneRow] = []
+    about = machine.about(device)
+    rows: list[Row] = []
     lost = ""
     for candidate in tqdm(plan(cases, arch), desc="tune"):
-        broken: TuneRow | None = None
+        failed: Row | None = None
         for work in works:
             if (work.case.softcap is not None) != candidate.capped:
                 continue
-            row = TuneRow(work.case.name, work.targets.numel(), candidate, "ok", **about)
+            row = row_of(candidate, work).with_(**about)
             if lost or time.monotonic() > deadline:
-                row = replace(row, status="not reached", reason=lost or f"--seconds {seconds:g} were used up")
-            elif broken is not None:  # the binary is the same for every head, so it is not compiled to fail again
-                row = replace(row, status=broken.status, reason=broken.reason)
+                row = row.with_(reason=lost or f"--seconds {seconds:g} were used up")
+            elif failed is not None:  # the binary is the same for every head, so it is not compiled to fail again
+                row = row.with_(status=failed.status, reason=failed.reason)
             else:
-                row = measure(candidate, work, row)
-                broken = row if row.status in ("out of resources", "failed") else None
+                row = measured(row, measure, candidate, work)
+                failed = row if row.status == "failed" else None
                 lost = _device_lost(device, candidate)
             rows.append(row)
         keep(rows)
     return rows
+
+
+def row_of(candidate: Candidate, work: Work) -> Row:
+    """The row of a candidate, with its form and tile by name. Its yardstick, ``floor_ms``, is the plain product."""
+    n, (form, tile, capped) = work.targets.numel(), candidate
+    figures = {"rows": n, "form": form, "capped": capped, **tile._asdict()}
+    return Row(work.case.name, f"{n} rows", provider=str(candidate), scores=n, task="tune", figures=figures)
 
 
 def make_work(case: Case, device: torch.device) -> list[Work]:
@@ -233,23 +218,21 @@ def make_work(case: Case, device: torch.device) -> list[Work]:
     return works
 
 
-def measure(candidate: Candidate, work: Work, row: TuneRow) -> TuneRow:
-    """Check a candidate, then time it against the plain product. Whatever goes wrong becomes the row's status."""
-    try:
-        score, exps, sums = score_pass(candidate, work)
-        score()
-        wrong = _wrong(work, exps, sums)
-        if wrong:
-            return replace(row, status="wrong", reason=wrong)
-        logits = torch.empty_like(exps)
-        mine, plain = race(score, lambda: torch.mm(work.hidden, work.head.weight.T, out=logits), work.hidden.device)
-    except torch.OutOfMemoryError as error:
-        return replace(row, status="out of memory", reason=_words(error))
-    except Exception as error:  # what a compiler or a launch raises has no common class; a row keeps what it said
-        status: TuneStatus = "out of resources" if type(error).__name__ == "OutOfResources" else "failed"
-        return replace(row, status=status, reason=_words(error))
-    quintiles, median, mm = statistics.quantiles(mine, n=5, method="inclusive"), *map(statistics.median, (mine, plain))
-    return replace(row, median_ms=median, p20_ms=quintiles[0], p80_ms=quintiles[3], mm_ms=mm, ratio=median / mm)
+def measure(row: Row, candidate: Candidate, work: Work) -> Row:
+    """Check a candidate, then time it against the plain product in turn."""
+    score, exps, sums = score_pass(candidate, work)
+    score()
+    wrong = _wrong(work, exps, sums)
+    if wrong:
+        return row.with_(status="wrong", reason=wrong)
+    logits = torch.empty_like(exps)
+
+    def plain() -> None:
+        torch.mm(work.hidden, work.head.weight.T, out=logits)
+
+    # Nothing waits in between, so that starting a kernel costs no time.
+    times, floors = in_turn([score, plain], work.hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
+    return row.with_(status="ok", **summary(times, floors))
 
 
 def score_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tensor, Tensor]:
@@ -276,97 +259,52 @@ def _wrong(work: Work, exps: Tensor, sums: Tensor) -> str:
     return f"E has error {error:.1e} (allowed {allowed:.1e}), its sums {sum_error:.1e} (allowed {SUM_ERROR:.1e})"
 
 
-def race(
-    mine: Callable[[], object], plain: Callable[[], object], device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of both, in turn. On a GPU nothing waits in between, so that starting a kernel costs no time."""
-    found: tuple[list[Callable[[], float]], ...] = ([], [])
-    for _ in range(WARM_UP + REPEATS):
-        for call, times in zip((mine, plain), found, strict=True):
-            times.append(_timed(call, device))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    first, second = ([time() for time in times[WARM_UP:]] for times in found)
-    return first, second
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        return lambda: 1e3 * seconds
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    call()
-    after.record()
-    return lambda: float(before.elapsed_time(after))
-
-
-def _words(error: Exception) -> str:
-    """One line of a message: compilers say what at the end of where."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
-
-
 def _device_lost(device: torch.device, candidate: Candidate) -> str:
     """After an illegal access every later call fails, whatever it is: why nothing more can be measured, or nothing."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except RuntimeError as error:
-        return f"{candidate} lost the device: {_words(error)}"
+        return f"{candidate} lost the device: {one_line(error)}"
     return ""
 
 
-def print_plan(cases: Sequence[Case], arch: str, console: Console) -> None:
+def print_plan(cases: Sequence[Case], arch: str) -> None:
     wanted = plan(cases, arch)
-    console.print(f"{len(wanted)} candidates for {arch} on {', '.join(case.name for case in cases)}, the shipped first")
-    for candidate in wanted:
-        console.print(str(candidate), highlight=False)
+    print(f"{len(wanted)} candidates for {arch} on {', '.join(case.name for case in cases)}, the shipped first")
+    print(*wanted, sep="\n")
 
 
-def print_rows(rows: Sequence[TuneRow], arch: str, console: Console) -> None:
+def print_rows(rows: Sequence[Row], arch: str) -> None:
     """The best of each head and number of rows, what came to nothing, and the row that the table should have."""
-    for (case, n), members in groupby(sorted(rows, key=lambda r: (r.case, r.rows)), key=lambda r: (r.case, r.rows)):
-        done = sorted((row for row in members if row.ratio is not None), key=lambda row: row.ratio or 0.0)
-        console.print(f"\n[bold]{case}, {n} rows[/bold]: ms, of a plain product in turn, ratio", highlight=False)
-        for row in done[:BEST]:
-            figures = f"{row.median_ms:8.3f} ({row.p20_ms:.3f}-{row.p80_ms:.3f}) {row.mm_ms:8.3f} {row.ratio:6.3f}"
-            console.print(f"{figures}  {row.candidate}", highlight=False, soft_wrap=True)
-    lost = sorted({(row.status, row.reason, str(row.candidate)) for row in rows if row.status != "ok"})
-    for (status, reason), some in groupby(lost, key=lambda entry: entry[:2]):
-        names = [name for *_, name in some]
-        console.print(f"{status}, {len(names)} candidates ({names[0]} ...): {reason}", highlight=False)
-    for capped in sorted({row.candidate.capped for row in rows}):
-        text = suggestion([row for row in rows if row.candidate.capped == capped], arch)
-        console.print(text, highlight=False, soft_wrap=True)
+    found = frame(rows)
+    for (case, n), members in found.groupby(["case", "scores"]):
+        print(f"\n{case}, {n} rows: ms, of a plain product in turn, ratio")
+        print(text(members.nsmallest(BEST, "ratio")[SHOWN].dropna()))
+    for note, members in found[found.note != ""].groupby("note"):
+        names = sorted(set(members.provider))
+        print(f"{len(names)} candidates ({names[0]} ...): {note}")
+    for capped in (False, True):
+        if some := [row for row in rows if row.figures["capped"] == capped]:
+            print(suggestion(some, arch))
 
 
-def suggestion(rows: Sequence[TuneRow], arch: str) -> str:
+def suggestion(rows: Sequence[Row], arch: str) -> str:
     """The tile with the smallest worst ratio, as the table's own text. One tile serves every number of rows."""
-    wanted = {(row.case, row.rows) for row in rows}
-    by_candidate: dict[Candidate, list[TuneRow]] = {}
-    for row in rows:
-        if row.ratio is not None:
-            by_candidate.setdefault(row.candidate, []).append(row)
-    worst = [max(own, key=lambda row: row.ratio or 0.0) for own in by_candidate.values() if len(own) == len(wanted)]
-    kind = "with" if rows[0].candidate.capped else "without"
-    if not worst:
+    found = frame(rows)
+    kind = "with" if rows[0].figures["capped"] else "without"
+    everywhere = found.groupby("provider").ratio.count() == found.groupby(["case", "scores"]).ngroups
+    worst = found.groupby("provider").ratio.max()[everywhere]
+    if worst.empty:
         return f"# no candidate {kind} a softcap ran on every head and number of rows: give it more --seconds"
-    best = min(worst, key=lambda row: row.ratio or 0.0)
-    n, v, h, warps, stages, group_v, parts, flatten = best.candidate.tile
-    name = CONSTANTS.get(arch, "_TILE") + ("_CAPPED" if best.candidate.capped else "")
-    sizes = f"{n}, {v}, {h}, warps={warps}, stages={stages}, group_v={group_v}, parts={parts}, flatten={flatten}"
-    line = f"{name} = Tile({sizes})"
-    if best.candidate.form == "library":  # its pass over the products has one tile for every chip
+    best = max((row for row in rows if row.provider == worst.idxmin()), key=lambda row: row.ratio or 0.0)
+    tile = {name: best.figures[name] for name in Tile._fields}
+    name = CONSTANTS.get(arch, "_TILE") + ("_CAPPED" if best.figures["capped"] else "")
+    sizes = [str(tile.pop(block)) for block in ("block_n", "block_v", "block_h")]
+    line = f"{name} = Tile({', '.join([*sizes, *(f'{setting}={value}' for setting, value in tile.items())])})"
+    form = best.figures["form"]
+    if form == "library":  # its pass over the products has one tile for every chip
         line = 'form="library"'
-    evidence = (
-        f"{best.ratio:.3f} of a plain product at worst ({best.case}, {best.rows} rows); {best.device}, {best.date}"
-    )
-    return f"# {best.candidate.form}, {kind} a softcap: {evidence}\n{line}"
-
-
-def save(path: Path, rows: Sequence[TuneRow]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([row.flat() for row in rows], indent=1) + "\n")
+    where = f"{best.case}, {best.scores} rows"
+    evidence = f"{best.ratio:.3f} of a plain product at worst ({where}); {best.device}, {best.date}"
+    return f"# {form}, {kind} a softcap: {evidence}\n{line}"

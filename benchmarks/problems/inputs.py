@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.cases import IGNORE, Batch, Case, DTypeName, HeadName, Pair, States
+from benchmarks.problems.cases import IGNORE, Batch, Case, Pair, States
 
 # The check against float64 runs on this many tokens at most: two float64 copies of a full head would cost more time and
 # memory than all that is measured. It is no power of two, so that tails are masked here too.
@@ -40,6 +40,13 @@ class Problem:
         """``[N, H]`` hidden states of the scored positions."""
         return self.hidden[self.targets != IGNORE]
 
+    def upstream(self) -> Tensor:
+        """``[2P, T]`` of the gradient that log-probabilities are given: normal, the same at each call, 0 where nothing
+        is scored."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        drawn = torch.randn(self.labels.shape, generator=generator, device=self.device)
+        return drawn * (self.targets != IGNORE)
+
     def gradients(self) -> dict[str, Tensor]:
         """What the last backward left in hidden and weight."""
         named = {"hidden": self.hidden.grad, "weight": self.weight.grad}
@@ -57,9 +64,7 @@ class Problem:
         return replace(self, hidden=copy(self.hidden), weight=copy(self.weight))
 
 
-def make_problem(
-    case: Case, batch: Batch, states: States, dtype: DTypeName, head: HeadName, device: torch.device
-) -> Problem:
+def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str, device: torch.device) -> Problem:
     """The same numbers for the same arguments, in every process."""
     generator = torch.Generator(device).manual_seed(0)
     # Drawn in the dtype, so that no float32 copy of the head ever exists.
@@ -71,7 +76,7 @@ def make_problem(
     return replace(problem, hidden=hidden.requires_grad_(), weight=weight.requires_grad_(head == "trainable"))
 
 
-def make_sample(case: Case, states: States, dtype: DTypeName, head: HeadName, device: torch.device) -> Problem:
+def make_sample(case: Case, states: States, dtype: str, head: str, device: torch.device) -> Problem:
     """A few rows of the same case, small enough for float64."""
     small = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB))
     return make_problem(small, SAMPLE_BATCH, states, dtype, head, device)

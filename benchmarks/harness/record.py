@@ -1,50 +1,34 @@
-"""What one measurement is asked for, what it answers, and the file both are kept in."""
+"""One measurement as a row: what is asked for and, once answered, what came of it. And the file rows are kept in."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.cases import DTypeName, HeadName, Phase
-
 Status = Literal["ok", "unsupported", "out of memory", "wrong", "failed", "not reached"]
 
-
-@dataclass(frozen=True)
-class Spec:
-    """One measurement. ``repeats`` and ``seconds`` bound the timed calls; three are made in any case."""
-
-    case: str
-    batch: str
-    states: str
-    head: HeadName
-    dtype: DTypeName
-    phase: Phase
-    provider: str
-    device: str = "cpu"
-    repeats: int = 7
-    seconds: float = 15.0
-
-    @property
-    def group(self) -> tuple[str, ...]:
-        """What providers are compared within."""
-        return (self.case, self.batch, self.states, self.head, self.dtype, self.phase)
+# What providers are compared within, in the order tables are sorted by.
+GROUP = ("case", "batch", "states", "head", "dtype", "phase", "task", "setting")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The answer. Numbers are None where there are none; ``reason`` says why."""
+    """The loss, log-probabilities, a training step, a tile or a profile's step: each names its subject in the first
+    fields. Numbers are None where there are none; ``reason`` says why. A row nobody has answered is "not reached", and
+    so is one whose measurement was cut short: its figures are then those up to that moment.
+    """
 
-    case: str
-    batch: str
-    states: str
-    head: HeadName
-    dtype: DTypeName
-    phase: Phase
-    provider: str
-    status: Status
+    case: str  # of the head, or the model
+    batch: str = ""
+    states: str = ""
+    head: str = ""
+    dtype: str = ""
+    phase: str = ""
+    provider: str = ""
+    status: Status = "not reached"
     reason: str = ""
     median_ms: float | None = None
     p20_ms: float | None = None
@@ -52,7 +36,7 @@ class Row:
     repeats: int = 0
     peak_mib: float | None = None  # beyond inputs and returned gradients
     peak_rss_mib: float | None = None  # CPU only: maximum resident size of the process, inputs and libraries included
-    floor_ms: float | None = None  # timed in turn with this row's own calls, in the same process
+    floor_ms: float | None = None  # the products alone, timed in turn with this row's own calls in the same process
     ratio: float | None = None  # median_ms / floor_ms
     loss: float | None = None
     err_loss: float | None = None  # relative, against float64, on the sample
@@ -69,19 +53,22 @@ class Row:
     triton: str = ""
     commit: str = ""
     date: str = ""
+    task: str = "loss"  # or logprobs, train, tune, profile
+    setting: str = ""  # what else tells measurements apart: gradient checkpointing, a number of rows
+    cut: str = ""  # which cut of the floor's products was the fastest
+    figures: dict[str, Any] = field(default_factory=dict)  # by name, what only this task has
 
     @property
     def group(self) -> tuple[str, ...]:
-        return (self.case, self.batch, self.states, self.head, self.dtype, self.phase)
+        """What providers are compared within."""
+        return tuple(getattr(self, name) for name in GROUP)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.group, self.provider)
 
     def with_(self, **changes: Any) -> Row:
         return replace(self, **changes)
-
-
-def row_of(spec: Spec, status: Status, reason: str = "") -> Row:
-    return Row(
-        spec.case, spec.batch, spec.states, spec.head, spec.dtype, spec.phase, spec.provider, status, reason
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,7 @@ class Check:
 
 @dataclass
 class Record:
-    """One file: where and when, the race, the accuracy, what was checked beside them."""
+    """One file: where and when, the rows, the accuracy, what was checked beside them."""
 
     machine: str = ""
     date: str = ""
@@ -143,3 +130,8 @@ class Record:
             accuracy=[AccuracyRow(**row) for row in found.get("accuracy", [])],
             checks=[Check(**row) for row in found.get("checks", [])],
         )
+
+
+def merged(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
+    """What was measured again replaces what it was."""
+    return list({row.key: row for row in (*before, *after)}.values())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import profile, tune
+from benchmarks.harness.measure import measured
+from benchmarks.harness.record import Row
+from benchmarks.lab import profile, tune
 from orpo_kernels.backends.kernels.configs import Tile, config
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
@@ -61,12 +62,12 @@ def test_dry_run_needs_no_device(capsys: pytest.CaptureFixture[str]) -> None:
 @WITHOUT_GPU
 def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.main(["tune"]) == 2
-    assert "needs a CUDA device" in capsys.readouterr().out
+    assert "needs a CUDA device" in capsys.readouterr().err
     assert command.main(["tune", "--device", "cpu", "--cases", "llama3-8b"]) == 2
-    assert "only tiny" in capsys.readouterr().out
+    assert "only tiny" in capsys.readouterr().err
     monkeypatch.delenv("TRITON_INTERPRET")
     assert command.main(["tune", "--device", "cpu"]) == 2
-    assert "set TRITON_INTERPRET=1" in capsys.readouterr().out
+    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
 @WITHOUT_GPU
@@ -75,11 +76,11 @@ def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_every_form_is_right_in_the_interpreter(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     assert command.main(["tune", "--device", "cpu", "--cases", case, "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text())["rows"]
     assert [(row["status"], row["reason"]) for row in rows] == [("ok", "")] * 3
-    assert {row["form"] for row in rows} == {"tma", "pointer", "library"}
+    assert {row["figures"]["form"] for row in rows} == {"tma", "pointer", "library"}
     for row in rows:
-        assert row["ratio"] == row["median_ms"] / row["mm_ms"]
+        assert row["ratio"] == row["median_ms"] / row["floor_ms"]
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
     out = capsys.readouterr().out
     assert "of a plain product at worst" in out
@@ -87,12 +88,12 @@ def test_every_form_is_right_in_the_interpreter(case: str, tmp_path: Path, capsy
     assert f"{name} = Tile(16, 32, 16, warps=4" in out or 'form="library"' in out
 
 
-def _one(monkeypatch: pytest.MonkeyPatch, **broken: object) -> tune.TuneRow:
+def _one(monkeypatch: pytest.MonkeyPatch, **broken: object) -> Row:
     for name, value in broken.items():
         monkeypatch.setattr(tune.TritonBackend, name, value)
     work = tune.make_work(tune.TINY["tiny"], torch.device("cpu"))[0]
     candidate = tune.candidates("interpreter", capped=False)[0]
-    return tune.measure(candidate, work, tune.TuneRow("tiny", 24, candidate, "ok"))
+    return measured(tune.row_of(candidate, work), tune.measure, candidate, work)
 
 
 def test_an_unwritten_entry_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +122,9 @@ def test_a_used_up_budget_leaves_rows() -> None:
 def test_the_suggestion_is_the_smallest_worst_ratio() -> None:
     first, second, third = tune.candidates("sm_90", capped=False)[:3]
     ratios = {first: (1.0, 1.5), second: (1.2, 1.3), third: (0.9,)}  # the third did not run everywhere
+    work = tune.make_work(tune.TINY["tiny"], torch.device("cpu"))[0]
     rows = [
-        tune.TuneRow("llama3-8b", n, candidate, "ok", ratio=ratio, device="a GPU", date="today")
+        tune.row_of(candidate, work).with_(case="llama3-8b", scores=n, ratio=ratio, device="a GPU", date="today")
         for candidate, known in ratios.items()
         for n, ratio in zip((1024, 4096), known, strict=False)
     ]
@@ -134,28 +136,28 @@ def test_the_suggestion_is_the_smallest_worst_ratio() -> None:
 
 @WITHOUT_GPU
 @pytest.mark.parametrize("head", ["trainable", "frozen"])
+@pytest.mark.slow
 def test_steps_are_parts_of_the_call(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.json"
     wanted = ["--case", "small-v32k-cpu", "--batch", "ragged-small-cpu", "--head", head]
     assert command.main(["profile", "--device", "cpu", *wanted, "--json", str(path)]) == 0
-    found = json.loads(path.read_text())
-    steps = found["steps"]
-    assert {"products", "score", "everything else"} <= {step["step"] for step in steps}
-    assert 0 < sum(step["ms"] for step in steps) == pytest.approx(found["busy_ms"])
-    assert found["busy_ms"] <= found["total_ms"]
-    assert found["idle_ms"] == found["total_ms"] - found["busy_ms"]
-    assert [step["gap_ms"] for step in steps] == sorted((step["gap_ms"] for step in steps), reverse=True)
-    products = next(step for step in steps if step["step"] == "products")
-    assert products["flops"] == (3 if head == "trainable" else 2) * 2 * 666 * 32000 * 896
-    assert "ceilings" in capsys.readouterr().out
+    call, *steps = json.loads(path.read_text())["rows"]
+    assert {"products", "exp gemm", "everything else"} <= {step["provider"] for step in steps}
+    assert 0 < sum(step["median_ms"] for step in steps) == pytest.approx(call["figures"]["busy_ms"])
+    assert call["figures"]["busy_ms"] <= call["figures"]["total_ms"]
+    assert call["figures"]["idle_ms"] == call["figures"]["total_ms"] - call["figures"]["busy_ms"]
+    assert [step["median_ms"] for step in steps] == sorted((step["median_ms"] for step in steps), reverse=True)
+    assert sum(step["figures"]["share"] for step in steps) <= 1
+    assert call["ratio"] == call["median_ms"] / call["floor_ms"]
+    assert f"of its products alone ({call['cut']})" in capsys.readouterr().out
 
 
 def test_kernels_of_a_gpu_find_their_step() -> None:
     names = {
-        "exp_gemm_tma_kernel": "score", "exp_pass_kernel": "score", "recompute_overflowed_kernel": "rescue and settle",
-        "rescale_kernel": "rescue and settle", "reduce_tiles_kernel": "rescue and settle",
-        "label_kernel": "label and finish",
-        "label_entry_kernel": "label and finish", "finalize_kernel": "label and finish", "rows_kernel": "rows",
+        "exp_gemm_tma_kernel": "exp gemm", "exp_pass_kernel": "exp gemm", "recompute_overflowed_kernel": "sums and overflow",
+        "rescale_kernel": "sums and overflow", "reduce_tiles_kernel": "sums and overflow",
+        "label_kernel": "label and logps",
+        "label_entry_kernel": "label and logps", "finalize_kernel": "label and logps", "rows_kernel": "rows",
         "odds_ratio_kernel": "odds ratio", "scale_kernel": "scale",
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "products",
         "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>": "products",
@@ -163,20 +165,11 @@ def test_kernels_of_a_gpu_find_their_step() -> None:
         "void at::native::vectorized_gather_kernel<16, long>": "everything else",
         "Memcpy DtoH (Device -> Pageable)": "everything else",
     }  # fmt: skip
-    size = profile.Size(8, 16, 32, 12, 1, "stash", 3, False, True, 4)
     for name, step in names.items():
-        (row,) = profile.steps_of([profile.Kernel(name, 0.0, 2000.0)], size, 4.0, 1e9, 1e12)
-        assert (row.step, row.ms, row.share) == (step, 2.0, 0.5), name
-
-
-def test_products_are_counted_once_whoever_runs_them() -> None:
-    mm = 2.0 * 8 * 16 * 32
-    for plan, number in (("frozen", 2), ("stash", 3), ("recompute", 4)):
-        own = profile.Size(8, 16, 32, 12, 1, plan, number, False, True, 4)
-        for size in (own, replace(own, own=False)):
-            assert sum(cost.flops for cost in profile.costs(size).values()) == number * mm
+        (row,) = profile.steps_of([profile.Kernel(name, 0.0, 2000.0)], Row("any"), 4.0)
+        assert (row.provider, row.median_ms, row.figures["share"]) == (step, 2.0, 0.5), name
 
 
 def test_overlapping_kernels_are_busy_once() -> None:
     kernels = [profile.Kernel("a", 0.0, 10.0), profile.Kernel("b", 8.0, 4.0), profile.Kernel("c", 20.0, 1.0)]
-    assert profile.busy_us(kernels) == 13.0
+    assert profile.busy_ms(kernels) == 0.013

@@ -1,9 +1,10 @@
-"""The field: one function per way to compute the same loss. A new competitor is one function here.
+"""The field: one function per way to compute the same thing. A new competitor is one function here.
 
-All compute ``NLL(prompt + chosen) + 0.1 * mean softplus(-log_odds(answers))`` of the same padded batch, as a scalar
-that ``backward`` works on. Where a library takes flat rows it gets the scored rows alone, which is its strongest use
-and what its user would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets
-that.
+Most give log-probabilities ``step() -> [2P, T]`` of ``problem.targets``, or ``[N]`` of the scored positions alone, and
+the task makes a scalar of them that ``backward`` works on: the ORPO loss ``NLL(prompt + chosen) + 0.1 * mean
+softplus(-log_odds(answers))``, or their sum under a random upstream gradient. Who computes the loss at once does that
+instead. Where a library takes flat rows it gets the scored rows alone, which is its strongest use and what its user
+would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets that.
 """
 
 from __future__ import annotations
@@ -18,34 +19,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import orpo_kernels
-from benchmarks.cases import BETA, IGNORE
-from benchmarks.floor import CHUNK
-from benchmarks.inputs import Problem
-from benchmarks.machine import version
-from orpo_kernels import reference
-from orpo_kernels.backends import available, by_preference, select
-from orpo_kernels.objective import OddsRatio
+from benchmarks.harness.machine import version
+from benchmarks.harness.measure import UnsupportedError
+from benchmarks.problems.cases import BETA, IGNORE
+from benchmarks.problems.floor import ROWS
+from benchmarks.problems.inputs import Problem
+from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
 
-Step = Callable[[], Tensor]  # one forward: the scalar loss
+Step = Callable[[], Tensor]  # one forward
 Build = Callable[[Problem], Step]
-
-
-class UnsupportedError(Exception):
-    """This provider cannot compute this problem here; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A named way to compute the loss. ``build`` does what a user does once, the step what a training step does."""
+    """A named way. Building it does what a user does once, the step what a training step does."""
 
     name: str
     package: str  # whose version is recorded
-    build: Build
+    logprobs: Build | None
+    loss: Build | None = None
 
     def version(self) -> str:
         """The version installed, or "" where it is not."""
         return version(self.package)
+
+    def build(self, problem: Problem, task: str) -> Step:
+        """A step whose result is the task's scalar.
+
+        Raises:
+            UnsupportedError: it cannot compute this problem here.
+        """
+        if task == "loss" and self.loss is not None:
+            return self.loss(problem)
+        if self.logprobs is None:
+            raise UnsupportedError(f"{self.name} computes the loss at once and gives no log-probabilities")
+        logprobs, scalar = self.logprobs(problem), objective(problem, task)
+        return lambda: scalar(logprobs())
+
+
+def objective(problem: Problem, task: str) -> Callable[[Tensor], Tensor]:
+    """From log-probabilities, padded or of the scored positions alone, to the task's scalar."""
+    scored = problem.targets != IGNORE
+    upstream = problem.upstream()
+    if task == "logprobs":
+        flat = upstream[scored]
+        return lambda logps: (logps * (flat if logps.dim() == 1 else upstream)).sum()
+
+    def loss(logps: Tensor) -> Tensor:
+        if logps.dim() == 1:
+            logps = logps.new_zeros(scored.shape).masked_scatter(scored, logps)
+        return compose(logps, problem)
+
+    return loss
 
 
 def compose(logps: Tensor, problem: Problem) -> Tensor:
@@ -54,13 +79,8 @@ def compose(logps: Tensor, problem: Problem) -> Tensor:
     means = torch.where(in_answer, logps, 0.0).sum(-1) / in_answer.sum(-1)
     nll = -torch.where(in_nll, logps, 0.0).sum() / in_nll.sum()
     chosen, rejected = means.chunk(2)
-    return nll + OddsRatio(BETA)(chosen, rejected).loss.mean()
-
-
-def compose_scored(logps: Tensor, problem: Problem) -> Tensor:
-    """``compose`` for log-probabilities ``[N]`` of the scored positions alone."""
-    scored = problem.targets != IGNORE
-    return compose(logps.new_zeros(scored.shape).masked_scatter(scored, logps), problem)
+    log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
+    return nll - BETA * F.logsigmoid(log_odds).mean()
 
 
 def _naive(problem: Problem) -> Step:
@@ -69,33 +89,23 @@ def _naive(problem: Problem) -> Step:
     ``reference.orpo_loss`` is the judge and multiplies by the head up to three times, so it would be a slow opponent;
     this is its log-probabilities once.
     """
-
-    def step() -> Tensor:
-        logps = reference.linear_logprobs(problem.hidden, problem.weight, problem.targets, softcap=problem.softcap)
-        return compose(logps, problem)
-
-    return step
+    hidden, weight, targets = problem.hidden, problem.weight, problem.targets
+    return lambda: reference.linear_logprobs(hidden, weight, targets, softcap=problem.softcap)
 
 
 def _naive_scored(problem: Problem) -> Step:
-    """The naive loss on the scored rows alone: what two lines of indexing give without any library."""
+    """The naive way on the scored rows alone: what two lines of indexing give without any library."""
     targets = problem.targets[problem.targets != IGNORE]
-
-    def step() -> Tensor:
-        logps = reference.linear_logprobs(problem.scored_rows(), problem.weight, targets, softcap=problem.softcap)
-        return compose_scored(logps, problem)
-
-    return step
+    return lambda: reference.linear_logprobs(problem.scored_rows(), problem.weight, targets, softcap=problem.softcap)
 
 
 def _compiled(problem: Problem) -> Step:
-    """torch.compile of the naive loss."""
+    """torch.compile of the naive way."""
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logps = reference.linear_logprobs(hidden, weight, targets, softcap=problem.softcap)
-        return compose(logps, problem)
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return reference.linear_logprobs(hidden, weight, targets, softcap=problem.softcap)
 
-    fast = torch.compile(loss, dynamic=False)
+    fast = torch.compile(logprobs, dynamic=False)
     return lambda: fast(problem.hidden, problem.weight, problem.targets)
 
 
@@ -124,21 +134,10 @@ def _cce(impl: str) -> Build:
             raise UnsupportedError(
                 "cut-cross-entropy's kernels need a GPU; its CPU path is torch.compile of the plain loss"
             )
-        linear_cross_entropy = _import("cut_cross_entropy").linear_cross_entropy
-
-        def step() -> Tensor:
-            nll = linear_cross_entropy(
-                problem.hidden,
-                problem.weight,
-                problem.targets,
-                softcap=problem.softcap,
-                ignore_index=IGNORE,
-                reduction="none",
-                impl=impl,
-            )
-            return compose(-nll.float(), problem)
-
-        return step
+        nll = _import("cut_cross_entropy").linear_cross_entropy
+        inputs = problem.hidden, problem.weight, problem.targets
+        options = {"softcap": problem.softcap, "ignore_index": IGNORE, "reduction": "none", "impl": impl}
+        return lambda: -nll(*inputs, **options).float()
 
     return build
 
@@ -164,58 +163,50 @@ class _HeadOnly(nn.Module):
 
 def _trl_fused(problem: Problem) -> Step:
     """TRL's fused head, as its own trainers add it. It compacts to the scored rows on a GPU and not on a CPU."""
-    model = _HeadOnly(problem)
+    model: Any = _HeadOnly(problem)
     _import("trl.trainer.utils").add_fused_lm_head(model)
-
-    def step() -> Tensor:
-        out = model(hidden=problem.hidden, shift_labels=problem.targets, fused_lm_head=True)
-        return compose(out.log_probs, problem)
-
-    return step
+    return lambda: model(hidden=problem.hidden, shift_labels=problem.targets, fused_lm_head=True).log_probs
 
 
 def _torch_lce(problem: Problem) -> Step:
-    """torch's chunked linear cross-entropy, unreduced, which takes the odds term's gradient per token."""
+    """torch's chunked linear cross-entropy, unreduced, which takes a gradient per token."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UnsupportedError(f"torch {torch.__version__} has no linear_cross_entropy")
     if problem.softcap is not None:
         raise UnsupportedError("F.linear_cross_entropy has no softcap")
     # The floor's chunk: the default picks chunks of 32 to 128 rows at these sizes, which made it ten times slower here.
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK[problem.device.type])
+    chunk = nn.LinearCrossEntropyOptions(batch_chunk_size=ROWS[problem.device.type][0])
     targets = problem.targets[problem.targets != IGNORE]
 
     def step() -> Tensor:
-        nll = F.linear_cross_entropy(problem.scored_rows(), problem.weight, targets, reduction="none", options=options)
-        return compose_scored(-nll.float(), problem)
+        nll = F.linear_cross_entropy(problem.scored_rows(), problem.weight, targets, reduction="none", options=chunk)
+        return -nll.float()
 
     return step
 
 
-def _ours(backend: str, *, lean: bool = False) -> Build:
-    def build(problem: Problem) -> Step:
+def _ours(name: str, backend: str, *, lean: bool = False) -> Provider:
+    def options(problem: Problem) -> dict[str, Any]:
         # On a CPU one byte holds no E, so the planner has to recompute it: the leanest plan, at one product more. On a
         # GPU slices of E are memory like any other, and 1 GiB is what they are promised to fit.
         workspace_bytes = None if not lean else 1 if problem.device.type == "cpu" else 1 << 30
+        chosen: dict[str, Any] = {"softcap": problem.softcap, "backend": backend, "workspace_bytes": workspace_bytes}
         try:
-            select(backend, problem.device, problem.hidden.dtype)
+            explain(problem.hidden, problem.weight, problem.labels, **chosen)
         except ValueError as refusal:
             raise UnsupportedError(str(refusal)) from refusal
+        return chosen
 
-        def step() -> Tensor:
-            return orpo_kernels.orpo_loss(
-                problem.hidden,
-                problem.weight,
-                problem.labels,
-                nll_labels=problem.nll_labels,
-                beta=BETA,
-                softcap=problem.softcap,
-                backend=backend,
-                workspace_bytes=workspace_bytes,
-            ).loss
+    def loss(problem: Problem) -> Step:
+        inputs = problem.hidden, problem.weight, problem.labels
+        chosen = {"nll_labels": problem.nll_labels, "beta": BETA, **options(problem)}
+        return lambda: orpo_loss(*inputs, **chosen).loss
 
-        return step
+    def logprobs(problem: Problem) -> Step:
+        inputs, chosen = (problem.hidden, problem.weight, problem.targets), options(problem)
+        return lambda: linear_logprobs(*inputs, **chosen)
 
-    return build
+    return Provider(name, "orpo_kernels", logprobs, loss)
 
 
 def _import(module: str) -> ModuleType:
@@ -229,6 +220,7 @@ def _import(module: str) -> ModuleType:
 
 
 NAIVE = Provider("naive", "torch", _naive)
+BACKENDS = {"cpu": "torch", "cuda": "triton"}  # what "auto" takes there
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
@@ -236,22 +228,23 @@ PROVIDERS: dict[str, Provider] = {
         NAIVE,
         Provider("naive_scored", "torch", _naive_scored),
         Provider("compiled", "torch", _compiled),
-        Provider("liger", "liger-kernel", _liger(compiled=True)),
-        Provider("liger_eager", "liger-kernel", _liger(compiled=False)),
+        Provider("liger", "liger-kernel", None, _liger(compiled=True)),
+        Provider("liger_eager", "liger-kernel", None, _liger(compiled=False)),
         Provider("cce", "cut-cross-entropy", _cce("cce_exact")),
         Provider("cce_filtered", "cut-cross-entropy", _cce("cce")),
         Provider("trl_fused", "trl", _trl_fused),
         Provider("torch_lce", "torch", _torch_lce),
-        Provider("ours", "orpo_kernels", _ours("auto")),
-        Provider("ours_recompute", "orpo_kernels", _ours("auto", lean=True)),
-        *(Provider(f"ours_{backend.name}", "orpo_kernels", _ours(backend.name)) for backend in available()),
+        _ours("ours", "auto"),
+        _ours("ours_recompute", "auto", lean=True),
+        *(_ours(f"ours_{backend}", backend) for backend in ("triton", "torch")),
     )
 }
 
 FLOOR = "floor"  # a name beside the providers: the products alone, see floor.py
 NAMES: tuple[str, ...] = (FLOOR, *PROVIDERS)
+LOGPROBS = (FLOOR, "naive", "trl_fused", "cce", "torch_lce", "ours")  # one of each kind
 
 
-def default_names(device: torch.device) -> tuple[str, ...]:
-    """All but the backend that "auto" takes on such a device anyway, which would be measured twice."""
-    return tuple(name for name in NAMES if name != f"ours_{by_preference(device)[0].name}")
+def default_names(device: str, task: str = "loss") -> tuple[str, ...]:
+    """Of the loss all but the backend that "auto" takes on such a device anyway, which would be measured twice."""
+    return LOGPROBS if task == "logprobs" else tuple(name for name in NAMES if name != f"ours_{BACKENDS[device]}")

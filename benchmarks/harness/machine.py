@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def today() -> str:
@@ -30,6 +30,18 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:
         return ""
+
+
+def about(device: torch.device) -> dict[str, str]:
+    """What every row says about where and when it was measured."""
+    versions = {"torch": torch.__version__, "triton": version("triton")}
+    return {"device": device_name(device), **versions, "commit": commit(), "date": today()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was asked to do; a CPU has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def version(package: str) -> str:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, race, record, targets
-from benchmarks.cases import CASES
-from benchmarks.rows import AccuracyRow, Check, Record, Row, Spec, row_of
+from benchmarks import race
+from benchmarks.harness import isolate
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.record import AccuracyRow, Check, Record, Row, merged
+from benchmarks.lab import gpu
+from benchmarks.problems.cases import CASES
+from benchmarks.problems.sections import gpu_race
+from benchmarks.report import targets
 
-SPEC = Spec("llama3-8b", "dense", "trained-like", "trainable", "bfloat16", "full", "ours", "cuda")
+ASKED = Row("llama3-8b", "dense", "trained-like", "trainable", "bfloat16", "full", "ours")
 
 
 def test_the_dry_run_lists_every_step_and_measurement(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,14 +29,46 @@ def test_the_dry_run_lists_every_step_and_measurement(capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     for step in gpu.STEPS:
         assert step in said
-    for specs in record.gpu_race().values():
-        for spec in specs:
-            assert " ".join((*spec.group, spec.provider)) in said
-    asked = {spec.group for specs in record.gpu_race().values() for spec in specs}
-    assert {target.group for target in targets.GPU} <= asked  # every promise is about something that is measured
+    for rows in gpu_race().values():
+        for row in rows:
+            assert " ".join(filter(None, row.key)) in said
+    asked = {row.group for rows in gpu_race().values() for row in rows}
+    assert {
+        target.group for target in targets.TARGETS["gpu"]
+    } <= asked  # every promise is about something that is measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_without_a_gpu_one_sentence_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "needs a CUDA device and torch sees none" in said.err
+
+
+def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    shutil.copy(ROOT / "Makefile", folder)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_make_gpu_takes_the_python_of_the_venv(tmp_path: Path) -> None:
+    assert "python3 -m benchmarks gpu" in _make(tmp_path, "-n", "gpu").stdout
+    venv = tmp_path / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").touch()
+    assert ".venv/bin/python -m benchmarks gpu" in _make(tmp_path, "-n", "gpu").stdout
+
+
+def test_make_gpu_says_what_python_lacks(tmp_path: Path) -> None:
+    done = _make(tmp_path, "gpu", f"GPU_PYTHON={sys.executable} -S")  # without what is installed into it
+    assert done.returncode != 0
+    assert "lacks torch, " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, make gpu itself runs")
+@pytest.mark.slow
 def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "toy.json"
     assert command.main(["gpu", "--device", "cpu", "--json", str(file)]) == 0
@@ -61,29 +99,39 @@ def test_a_failed_check_and_one_cut_short(tmp_path: Path) -> None:
 
 
 def test_what_the_budget_did_not_reach_is_a_row() -> None:
-    wanted = [replace(SPEC, device="cpu", provider=name) for name in ("ours", "naive")]
-    rows = race.run(wanted, budget=-1)
+    wanted = [ASKED, ASKED.with_(provider="naive")]
+    rows = race.run(wanted, "cpu", repeats=3, seconds=1.0, budget=-1)
     assert [(row.provider, row.status) for row in rows] == [("ours", "not reached"), ("naive", "not reached")]
     assert "budget" in rows[0].reason
 
 
-def test_on_a_gpu_the_providers_of_a_head_share_a_process() -> None:
-    specs = [SPEC, replace(SPEC, provider="naive"), replace(SPEC, case="gemma2-2b")]
-    assert race._one_process(specs) == specs[:2]
-    assert race._one_process([replace(spec, device="cpu") for spec in specs]) == [replace(SPEC, device="cpu")]
+def test_on_a_gpu_the_providers_of_a_head_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def process(module: str, group: list[Row], *_: object) -> list[Row]:
+        seen.append(group)
+        return group
+
+    monkeypatch.setattr(isolate, "process", process)
+    rows = [ASKED, ASKED.with_(provider="naive"), ASKED.with_(case="gemma2-2b")]
+    race.run(rows, "cuda", repeats=3, seconds=1.0)
+    assert seen == [rows[:2], rows[2:]]
+    seen.clear()
+    race.run(rows, "cpu", repeats=3, seconds=1.0)
+    assert seen == [[row] for row in rows]
 
 
-def test_a_failure_ends_its_process_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_failure_ends_its_process_and_nothing_else() -> None:
     """The first measurement names no dtype; the others of its process get theirs all the same."""
-    monkeypatch.setattr(race, "_one_process", list)
-    bad = Spec("tiny-cpu", "tiny-cpu", "trained-like", "trainable", "nothing", "full", "floor", repeats=1)  # type: ignore[arg-type]
-    good = replace(bad, dtype="float32")
-    assert [row.status for row in race.run([bad, good])] == ["failed", "ok"]
+    bad = Row("tiny-cpu", "tiny-cpu", "trained-like", "trainable", "nothing", "full", "floor")
+    rows, options = [bad, bad.with_(dtype="float32")], {"device": "cpu", "repeats": 1, "seconds": 1.0}
+    found = isolate.run("benchmarks.race", rows, options, together=lambda row: row.case)
+    assert [row.status for row in found] == ["failed", "ok"]
 
 
 def _measured(**changes: object) -> Row:
-    row = row_of(SPEC, "ok").with_(median_ms=10.0, floor_ms=9.5, ratio=10 / 9.5, peak_mib=3000.0)
-    return row.with_(**changes)
+    return ASKED.with_(**{"status": "ok", "median_ms": 10.0, "floor_ms": 9.5, "peak_mib": 3000.0, **changes})
 
 
 def test_targets_say_what_holds() -> None:
@@ -91,7 +139,7 @@ def test_targets_say_what_holds() -> None:
         _measured(),
         _measured(provider="naive", median_ms=30.0),
         _measured(provider="compiled", median_ms=9.0),
-        row_of(replace(SPEC, provider="cce"), "unsupported", "not installed"),
+        ASKED.with_(provider="cce", status="unsupported", reason="not installed"),
     ]
     regimes = [
         AccuracyRow("-11", -11.0, "bfloat16", "grad_weight", 2e-3, 1e-3, 4e-3),
@@ -109,11 +157,11 @@ def test_targets_say_what_holds() -> None:
     assert said[f"memory, {where}"].holds
     assert said["naive's error of grad_weight over ours, in every regime"].measured == "2.00"
     assert said["naive's error of grad_weight over ours, where mean logp is above -0.5"].holds is False
-    assert all(math.isfinite(t.least) for t in targets.GPU if isinstance(t, targets.Target))
+    assert all(math.isfinite(target.bound) for target in targets.TARGETS["gpu"])
 
 
 def test_measured_again_replaces(tmp_path: Path) -> None:
     kept = Record(rows=[_measured()], checks=[Check("suite", "ok", 1.0, "")])
-    assert record.merged(kept.rows, [_measured(median_ms=1.0)]) == [_measured(median_ms=1.0)]
+    assert merged(kept.rows, [_measured(median_ms=1.0)]) == [_measured(median_ms=1.0)]
     kept.save(tmp_path / "a.json")
     assert Record.load(tmp_path / "a.json") == kept

@@ -1,0 +1,160 @@
+"""Measurements in processes of their own: whatever ends one leaves rows that say so, and the rest goes on.
+
+``python -m benchmarks.harness.isolate MODULE REQUEST FILE`` is such a process. MODULE has ``measure(rows, until=...,
+**options)``, an iterator of answers; a later answer to a row replaces an earlier one. FILE gets each as a line of JSON
+as soon as it is known, so that what was measured outlives the process. After ``until`` (seconds since the epoch)
+``measure`` starts nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.record import Row, Status
+
+TIMEOUT_S = 1200  # of one measurement
+PATIENCE_S = 60  # beyond a deadline, for the measurement that runs then
+# With several GPUs in sight, Transformers would spread a batch over them by nn.DataParallel.
+ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+
+def alone(row: Row) -> Hashable:
+    """Nothing shares a process: no cache, no compiled kernel and no memory of another is in what is measured."""
+    return row.key
+
+
+def run(
+    module: str,
+    wanted: Sequence[Row],
+    options: Mapping[str, Any],
+    *,
+    together: Callable[[Row], Hashable] = alone,
+    seconds: float = float("inf"),
+    fair: bool = False,
+    keep: Callable[[list[Row]], None] = lambda _: None,
+) -> list[Row]:
+    """An answer to each row. Neighbours for which ``together`` gives the same share a process.
+
+    After ``seconds`` nothing more is started, and what was not reached says so; ``fair`` gives every process an equal
+    share of what those before it have left, and ends it then. ``keep`` sees the rows so far after each process, so that
+    an interrupted run is not lost.
+    """
+    rows: list[Row] = []
+    deadline = time.time() + seconds
+    left = list(wanted)
+    with tqdm(total=len(wanted), unit="row") as bar:
+        while left:
+            first = left[0]
+            group = list(next(groupby(left, together))[1])
+            bar.set_description(" ".join(filter(None, (first.case, first.batch, first.setting, first.provider))))
+            now = time.time()
+            until = now + (deadline - now) * len(group) / len(left) if fair else deadline
+            if now >= until:
+                found = [row.with_(reason=f"the budget of {seconds:.0f} s was used up") for row in group]
+            else:
+                found = process(module, group, {**options, "until": until}, 0 if fair else PATIENCE_S)
+            rows += found
+            left = left[len(found) :]
+            keep(rows)
+            for row in found:
+                if row.status in ("failed", "wrong"):
+                    bar.write(f"{row.provider}: {row.status}: {row.reason}")
+            bar.update(len(found))
+    return rows
+
+
+def process(module: str, group: Sequence[Row], options: Mapping[str, Any], patience: float = PATIENCE_S) -> list[Row]:
+    """Answers to at least the first of ``group``, from one process: up to the row that ended it."""
+    limit = min(TIMEOUT_S * len(group), options["until"] + patience - time.time())
+    with tempfile.TemporaryDirectory() as folder:
+        file, log = Path(folder, "rows.jsonl"), Path(folder, "log.txt")
+        request = json.dumps({"rows": [asdict(row) for row in group], "options": options})
+        command = [sys.executable, "-m", "benchmarks.harness.isolate", module, request, str(file)]
+        code, text = execute(command, log, limit, {"CUDA_VISIBLE_DEVICES": ONE_GPU})
+        lines = file.read_text().splitlines() if file.exists() else []
+    answered = {row.key: row for row in map(_row, lines) if row is not None}
+    status: Status = "failed"
+    cause = f"exit code {code}: {(text.strip().splitlines() or ['no output'])[-1][:300]}"
+    if code is None:
+        cause = f"took longer than {limit:.0f} s"
+    elif code == -signal.SIGKILL:
+        status, cause = "out of memory", "the kernel ended the process"
+    if time.time() > options["until"] and code in (0, None):
+        status, cause = "not reached", "the time for it was used up"
+    found: list[Row] = []
+    for row in group:
+        known = answered.get(row.key)
+        if known is None and found and code == 0 and found[-1].status == "failed":
+            break  # it ended itself after a failure; who is left gets another process
+        if known is None:
+            return [*found, row.with_(status=status, reason=cause)]
+        if known.status == "not reached" and code not in (0, None):
+            known = known.with_(reason=f"ended early: {cause}")
+        found.append(known)
+    return found
+
+
+def _row(line: str) -> Row | None:
+    """A line of the answer; None for one that its process did not live to finish."""
+    try:
+        return Row(**json.loads(line))
+    except ValueError:
+        return None
+
+
+def execute(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """Exit code, None after ``limit`` seconds, and all that was printed. Its own children end with it: they would
+    disturb what is timed next."""
+    with log.open("w") as sink:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **QUIET, **environment},
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code: int | None = None
+        try:
+            code = child.wait(max(limit, 0.0))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    return code, log.read_text(errors="replace")
+
+
+def main(module: str, request: str, file: str) -> None:
+    # If the machine runs out of memory, the kernel shall end this process, whose row then says so, and no other. There
+    # is no such file outside Linux, where the kernel's own choice has to do.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    asked = json.loads(request)
+    rows = [Row(**row) for row in asked["rows"]]
+    with Path(file).open("a") as sink:
+        for row in importlib.import_module(module).measure(rows, **asked["options"]):
+            sink.write(json.dumps(asdict(row)) + "\n")
+            sink.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

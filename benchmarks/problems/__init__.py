@@ -1,0 +1,1 @@
+"""What is measured: heads, batches, hidden states, the floor and the competitors."""

@@ -1,0 +1,81 @@
+"""The floor: the products that no exact implementation can leave out, alone, on the scored rows.
+
+The same products can be cut in several ways, and which is fastest depends on the machine: in chunks of rows, in slices
+of the vocabulary that stay in a cache, or not at all. The floor is the fastest of them, chosen before anything is timed
+in turn with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.measure import in_turn
+from benchmarks.problems.inputs import Problem
+
+# Rows of a chunk and tokens of a slice. A GPU needs larger ones for full speed, and on it each chunk of rows writes a
+# gradient of the head that a real accumulation would have to read as well.
+ROWS = {"cpu": (1024,), "cuda": (8192,)}
+TOKENS = {"cpu": (2048, 8192), "cuda": (16384,)}
+WHOLE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # of logits that are not cut at all; a machine that races has as much
+
+Step = Callable[[], None]
+
+
+def cuts(problem: Problem, phase: str) -> Iterator[tuple[str, Step]]:
+    """Every cut of the products, by name. Each is built, with its buffers, when it is asked for."""
+    rows, weight = problem.scored_rows().detach(), problem.weight.detach()
+    n, vocab, device = rows.shape[0], weight.shape[0], rows.device.type
+    products = 1 if phase == "forward" else 3 if problem.weight.requires_grad else 2
+    build = partial(_step, rows, weight, products)
+    for chunk in ROWS[device]:
+        if chunk < n:
+            yield f"{chunk} rows", build(chunk, vocab)
+    for tokens in TOKENS[device]:
+        if tokens < vocab:
+            yield f"{tokens} tokens", build(n, tokens)
+    if n <= min(ROWS[device]) or n * vocab * rows.element_size() <= WHOLE_BYTES[device]:
+        yield "whole", build(n, vocab)
+
+
+def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
+    """The fastest cut and its name."""
+    best: tuple[float, str, Step] | None = None
+    for name, step in cuts(problem, phase):
+        (times,) = in_turn([step], problem.device, repeats=2, warm_up=1)
+        if best is None or min(times) < best[0]:
+            best = (min(times), name, step)
+    if best is None:
+        raise ValueError(f"a problem with scores has a floor, got {problem.targets.shape} targets without one")
+    return best[1:]
+
+
+def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) -> Step:
+    """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice.
+
+    Outputs are allocated once, outside what is timed, and nothing is accumulated: it is a floor, not a rival. For the
+    same reason dw has a factor of its own, already transposed: no implementation has both layouts for nothing, but one
+    may have either.
+    """
+    n, vocab = rows.shape[0], weight.shape[0]
+    grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+    logits = rows.new_empty(chunk * tokens)
+    transposed = rows.new_empty(chunk * tokens if products == 3 else 0).normal_()
+
+    def step() -> None:
+        for start in range(0, n, chunk):
+            h, grad_h = rows[start : start + chunk], grad_rows[start : start + chunk]
+            for first in range(0, vocab, tokens):
+                w = weight[first : first + tokens]
+                count, width = h.shape[0], w.shape[0]
+                z = logits[: count * width].view(count, width)
+                torch.mm(h, w.T, out=z)
+                if products > 1:
+                    torch.mm(z, w, out=grad_h)
+                if products > 2:
+                    torch.mm(transposed[: count * width].view(width, count), h, out=grad_weight[first : first + tokens])
+
+    return step

@@ -1,0 +1,93 @@
+"""What one machine's record consists of, section by section, as rows to be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from benchmarks.harness.record import Row
+from benchmarks.problems.cases import HEADS, LENGTHS, LENGTHS_CPU
+from benchmarks.problems.providers import FLOOR, default_names
+
+# A process each and a compilation each: their place among the others is in the sections of all providers, and four
+# lengths more would only repeat it. On a GPU compiling for every shape takes longer than all else, so they come last.
+COMPILED = ("compiled", "liger")
+GPU_CASES = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
+GPU_BATCHES = ("dense", "ultrafeedback")
+BF16, F32 = ("bfloat16",), ("float32",)
+
+
+def rows(
+    cases: Iterable[str],
+    batches: Iterable[str],
+    heads: Iterable[str],
+    dtypes: Iterable[str],
+    providers: Iterable[str],
+    *,
+    states: Iterable[str] = ("trained-like",),
+    phases: Iterable[str] = ("full",),
+    task: str = "loss",
+) -> list[Row]:
+    """Every combination; a group's providers run one after the other, and so see the same state of the machine."""
+    combinations = product(cases, batches, states, heads, dtypes, phases, providers)
+    return [Row(*combination, task=task) for combination in combinations]
+
+
+def sections(device: str) -> dict[str, list[Row]]:
+    """The race's sections on such a device. ``accuracy`` beside them asks for no rows."""
+    return _on_cpu() if device == "cpu" else {**gpu_race(), **_more_on_gpu()}
+
+
+def _on_cpu() -> dict[str, list[Row]]:
+    """Full size where the claims are made; elsewhere a quarter of the positions, which keeps a section to minutes."""
+    large, small, capped = ["qwen2.5-0.5b-cpu"], ["small-v32k-cpu"], ["gemma-cpu"]
+    full, quarter, trainable = ["ragged-cpu"], ["ragged-small-cpu"], HEADS[:1]
+    lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]
+    everyone = default_names("cpu")
+    return {
+        "headline": rows(large, full, trainable, BF16, everyone),
+        # The claims in float32, at full size: naive takes most of a minute a call here, so they meet nobody else.
+        "float32": rows([*large, *small], full, trainable, F32, [FLOOR, "naive", "ours"]),
+        "large": [
+            *rows(large, quarter, ["frozen"], BF16, everyone),
+            *rows(large, quarter, HEADS, F32, everyone),
+        ],
+        "small": rows(small, quarter, HEADS, [*BF16, *F32], everyone),
+        "softcap": rows(capped, quarter, trainable, [*BF16, *F32], everyone),
+        "lengths": rows(small, lengths, trainable, BF16, _without_compiled(everyone)),
+        "logprobs": rows(large, quarter, HEADS, [*BF16, *F32], default_names("cpu", "logprobs"), task="logprobs"),
+    }
+
+
+def gpu_race() -> dict[str, list[Row]]:
+    """The race that the targets are about: ourselves first, last who compiles, so that a budget cuts the least."""
+    ourselves = ("ours", "ours_recompute", FLOOR)
+    others = [name for name in _without_compiled(default_names("cuda")) if name not in (*ourselves, "ours_torch")]
+
+    def race(providers: Sequence[str], evaluated: Sequence[str]) -> list[Row]:
+        found = []
+        for case in GPU_CASES:
+            found += rows([case], GPU_BATCHES, HEADS, BF16, providers)
+            found += rows([case], GPU_BATCHES, HEADS[:1], BF16, evaluated, phases=["forward"])
+        return found
+
+    return {
+        "ours": race(ourselves, ("ours", FLOOR)),
+        "others": race(others, ("naive",)),
+        "compiled": race(COMPILED, ()),
+    }
+
+
+def _more_on_gpu() -> dict[str, list[Row]]:
+    everyone, logprobs = default_names("cuda"), default_names("cuda", "logprobs")
+    lengths = [f"length-{length}" for length in LENGTHS]
+    return {
+        "mistral": rows(["mistral-7b"], GPU_BATCHES, HEADS, BF16, everyone),
+        "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
+        "lengths": rows(["llama3-8b"], lengths, HEADS[:1], BF16, _without_compiled(everyone)),
+        "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
+    }
+
+
+def _without_compiled(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name not in COMPILED]

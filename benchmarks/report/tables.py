@@ -1,0 +1,136 @@
+"""Rows as tables: what every command prints, two records side by side, and what the figures say about each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.record import GROUP, AccuracyRow, Row
+from benchmarks.problems.providers import FLOOR, NAMES
+
+# Below these a difference is noise of the machine, not a property of a provider. docs/performance.md names them.
+NOISE_TIME = 1.03
+NOISE_MIB = 8.0
+
+KEY = [*GROUP, "provider"]
+FLOATS = [field.name for field in fields(Row) if "float" in str(field.type)]
+
+# A heading, the field under it and the form of its numbers.
+RACE = {
+    "provider": ("provider", ""),
+    "ms": ("median_ms", ".0f"),
+    "p20-p80": ("spread", ""),
+    "x floor": ("ratio", ".2f"),
+    "peak MiB": ("peak_mib", ".0f"),
+    "RSS MiB": ("peak_rss_mib", ".0f"),
+    "err dH": ("err_hidden", ".1e"),
+    "err dW": ("err_weight", ".1e"),
+    "note": ("note", ""),
+}
+
+
+def number(value: float | None, form: str = ".0f") -> str:
+    return "-" if value is None or value != value else format(value, form)
+
+
+def frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows by group, within a group the fastest first, then what has no time."""
+    found = pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(Row)])
+    found = found.astype(dict.fromkeys(FLOATS, float))
+    found["note"] = (found.status + ": " + found.reason).where(found.status != "ok", "")
+    found["spread"] = [f"{number(a)}-{number(b)}" if a == a else "-" for a, b in found[["p20_ms", "p80_ms"]].values]
+    found["rank"] = [NAMES.index(name) if name in NAMES else len(NAMES) for name in found.provider]
+    return found.sort_values([*GROUP, "median_ms", "rank"], na_position="last", kind="stable")
+
+
+def cells(found: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """The named fields as text, under their headings."""
+    return pd.DataFrame({name: [_cell(value, form) for value in found[key]] for name, (key, form) in columns.items()})
+
+
+def _cell(value: Any, form: str) -> str:
+    return str(value) if isinstance(value, str) else number(value, form)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def text(table: pd.DataFrame) -> str:
+    """For a terminal."""
+    return str(table.to_string(index=False, float_format="{:.3g}".format)) if len(table) else "nothing"
+
+
+def listed(header: Sequence[str], lines: Iterable[Sequence[str]]) -> pd.DataFrame:
+    return pd.DataFrame(list(lines), columns=list(header))
+
+
+def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each group's title and rows."""
+    for _, members in found.groupby(list(GROUP), sort=False):
+        yield title(members.iloc[0]), members
+
+
+def title(row: Any) -> str:
+    task = "log-probabilities, " if row["task"] == "logprobs" else ""
+    case, batch, states, head, dtype, phase, *_ = (row[name] for name in GROUP)
+    return f"{task}{case}, {batch}, {dtype}, head {head}, {phase}, {states} states"
+
+
+def print_rows(rows: Iterable[Row]) -> None:
+    """A table for each group; what has no figures follows it, with the reason in full."""
+    for name, members in groups(frame(rows)):
+        print(f"\n{name}\n{text(cells(members[members.median_ms.notna()], RACE).drop(columns='note'))}")
+        for row in members[members.note != ""].itertuples():
+            print(f"{row.provider}: {row.note}")
+
+
+def print_accuracy(rows: Iterable[AccuracyRow]) -> None:
+    print(text(pd.DataFrame([{**asdict(row), "": "" if row.holds else "ABOVE"} for row in rows])))
+
+
+def compare(before: Iterable[Row], after: Iterable[Row]) -> str:
+    """What a change did: each row of both records, as ratios after / before. Rows of one record alone are counted."""
+    both = frame(before).merge(frame(after), on=KEY, how="outer", suffixes=("", "_after"), indicator="side")
+    found = both[both.side == "both"]
+    lines = []
+    for _, row in found.iterrows():
+        changes = [f"{number(row[name], form)} -> {number(row[f'{name}_after'], form)}" for name, form in COMPARED]
+        ratios = [number(row[f"{name}_after"] / row[name] if row[name] else None, ".2f") for name, _ in COMPARED]
+        status = row.status if row.status == row.status_after else f"{row.status} -> {row.status_after}"
+        lines.append([title(row), row.provider, changes[0], ratios[0], changes[1], changes[2], ratios[2], status])
+    header = ("measurement", "provider", "ms", "ratio", "x floor", "peak MiB", "ratio", "status")
+    said = [text(listed(header, lines))]
+    for side, name in (("left_only", "first"), ("right_only", "second")):
+        if count := (both.side == side).sum():
+            said.append(f"{count} rows only in the {name} record")
+    return "\n".join(said)
+
+
+COMPARED = (("median_ms", ".0f"), ("ratio", ".2f"), ("peak_mib", ".0f"))
+
+
+def beaten(rows: Iterable[Row]) -> pd.DataFrame:
+    """Every place where somebody is faster or leaner than ours, by how much: what a reader should see first.
+
+    Of ours the default is compared, not the best of several settings. The floor and wrong gradients are no rivals.
+    """
+    lines = []
+    for name, members in groups(frame(rows)):
+        fine = members[members.status == "ok"]
+        mine = fine[(fine.provider == "ours") & fine.peak_mib.notna()]
+        if mine.empty:
+            continue
+        mine = mine.iloc[0]
+        for row in fine[(fine.provider != FLOOR) & ~fine.provider.str.startswith("ours")].itertuples():
+            if row.median_ms * NOISE_TIME < mine.median_ms:
+                by = f"{number(row.median_ms)} ms against {number(mine.median_ms)} ms"
+                lines.append((name, row.provider, "time", by))
+            if row.peak_mib + NOISE_MIB < mine.peak_mib:
+                by = f"{number(row.peak_mib)} MiB against {number(mine.peak_mib)} MiB"
+                lines.append((name, row.provider, "memory", by))
+    return listed(("measurement", "provider", "better in", "by"), lines)
