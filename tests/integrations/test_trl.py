@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from orpo_kernels.integrations import patch_trl, patched_trl, unpatch_trl
-from orpo_kernels.integrations.trl import ORPOTrainer, is_patched
-from tests.stock_script import pairs, tokenizer
+from orpo_kernels.integrations.trl import PATCH, ORPOTrainer
+from tests.integrations.stock_script import pairs, tokenizer
 
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
@@ -49,7 +49,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 def _settings() -> Any:
     """Trainers seed themselves, and poisoned memory is none of their business."""
     torch.use_deterministic_algorithms(False)
-    assert not is_patched()
+    assert not PATCH.applied
     yield
     unpatch_trl()
 
@@ -191,15 +191,15 @@ def test_patching_is_idempotent_and_reversible(tmp_path: Path) -> None:
     patch_trl()
     patch_trl()
     with patched_trl():
-        assert is_patched()
-    assert is_patched()  # it was before the block
+        assert PATCH.applied
+    assert PATCH.applied  # it was before the block
     assert_no_logits(existing)  # a trainer built before the patch
     unpatch_trl()
     unpatch_trl()
     assert {name: ORPOTrainer.__dict__[name] for name in stock} == stock
     with pytest.raises(KeyError), patched_trl():
         raise KeyError
-    assert not is_patched()
+    assert not PATCH.applied
 
 
 def test_an_answer_truncated_to_nothing_does_not_kill_the_run(tmp_path: Path) -> None:
