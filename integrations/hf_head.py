@@ -55,16 +55,21 @@ def head_module(model: nn.Module) -> nn.Linear | str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of its head's output ``z``: ``cap(logit_scale * (z + bias))`` of the first columns."""
+    """What a model makes of its head's output ``z``: ``cap(logit_scale * (z + bias)) + shift`` of the first columns.
+
+    No log-probability depends on ``shift``, and as a part of the bias it would round all of them in narrow dtypes.
+    """
 
     vocab: int
     logit_scale: float = 1.0
     softcap: float | None = None
     bias: Tensor | None = None  # [vocab] float64 on the host, beside the head's own
+    shift: float = 0.0
 
     def head(self, module: nn.Linear) -> Head:
-        """The whole map from hidden states to the model's logits, with the head's tensors as they are now."""
-        weight, bias = module.weight, module.bias
+        """The map from hidden states to the model's logits but for ``shift``, with the head's tensors as they are."""
+        weight: Tensor = module.weight
+        bias: Tensor | None = module.bias
         if self.vocab < weight.shape[0]:
             weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
         if self.bias is not None:
@@ -75,11 +80,18 @@ class Reading:
         return Head(weight, bias, self.logit_scale, self.softcap)
 
     def __str__(self) -> str:
-        masked = 0 if self.bias is None else int((self.bias * self.logit_scale <= MASKED).sum())
-        return (
-            f"scale {self.logit_scale:.6g}, softcap {self.softcap and format(self.softcap, '.6g')}, {self.vocab} "
-            f"columns, {masked} of them masked, offsets {self.bias is not None}"
-        )
+        said = [f"{self.vocab} columns"]
+        if self.logit_scale != 1.0:
+            said.append(f"scale {self.logit_scale:.6g}")
+        if self.softcap is not None:
+            said.append(f"softcap {self.softcap:.6g}")
+        if self.bias is not None:
+            masked = self.bias * self.logit_scale <= MASKED
+            said += [f"{int(masked.sum())} of them masked"] if masked.any() else []
+            said += ["an offset of each"] if self.bias[~masked].any() else []
+        if self.shift != 0.0:
+            said.append(f"all shifted by {self.shift:.6g}")
+        return ", ".join(said)
 
 
 def probes(vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -95,8 +107,7 @@ def read(given: Tensor, logits: Tensor) -> Reading | str:
     """What the model does, from ``probes`` and the logits it made of them ``[PROBES, V']``; or why it cannot be told.
 
     A softcap shows in ``FAR``, the scale where the slope is best conditioned, offsets in the row of zeros; the random
-    rows then decide whether that is all. The reading is that of one row's one column, so a map that mixes columns or
-    rows fails there.
+    rows then decide whether that is all. Each of their entries is its own, so a map that mixes columns fails there.
     """
     if logits.requires_grad:
         return "it scales or shifts its logits by trained parameters after the head"
@@ -155,9 +166,10 @@ def read(given: Tensor, logits: Tensor) -> Reading | str:
         return "it masks columns of its logits after a softcap"
     if (theirs[:, ~live] > MASKED / 2).any():
         return f"it masks columns of its logits by the head's own output (below {MASKED:g} at 0 and not elsewhere)"
+    shift = offset.median().item() if softcap is None else 0.0
     every = out[0].clone()
-    every[live] = offset
-    return Reading(vocab, scale, softcap, every / scale if every.any() else None)
+    every[live] = offset - shift
+    return Reading(vocab, scale, softcap, every / scale if every.any() else None, shift)
 
 
 def fingerprint(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:

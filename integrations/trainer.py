@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ BACKEND_VARIABLE = "ORPO_KERNELS_BACKEND"
 WORKSPACE_VARIABLE = "ORPO_KERNELS_WORKSPACE_BYTES"
 CHECKED_ROWS = 8
 
-R = TypeVar("R")
+R = TypeVar("R", bound="Orpo | Logprobs")
 logger = logging.getLogger("orpo_kernels")
 
 
@@ -102,9 +102,13 @@ class Patch:
 
     def own_method(self, trainer: Any, names: tuple[str, ...]) -> str | None:
         """The first of these methods that the trainer, its class or a later patch brings itself, as a sentence."""
+        library = self.owner.__module__.partition(".")[0]
         for name in names:
             found = _function(getattr(trainer, name))
-            if found in (self.replacements.get(name), _function(self.stock[name])):
+            if found is self.replacements.get(name):
+                found = _function(self.stock[name])
+            home = getattr(found, "__globals__", {}).get("__name__", "")  # __module__ may be carried by a wrapper
+            if found is _function(self.stock[name]) and home.partition(".")[0] == library:
                 continue
             whose = "had its {} replaced" if name in vars(trainer) or type(trainer) is self.owner else "overrides {}"
             return f"{type(trainer).__name__} {whose.format(name)}, which a fused loss would pass by"
@@ -174,9 +178,23 @@ class Logprobs(NamedTuple):
     answer: Tensor  # [2P, T]
     nll: Tensor  # [P, T]
     logit_means: Tensor  # [2], as in Orpo
+    lengths: Tensor  # [2P], answer tokens
+    nll_tokens: Tensor  # []
+
+    @property
+    def answer_means(self) -> Tensor:
+        """Mean log-probability of each answer, ``[2P]``; NaN for one without a token, as stock trainers have it."""
+        return self.answer.sum(-1) / self.lengths
+
+    @property
+    def nll_loss(self) -> Tensor:
+        """Mean negative log-likelihood over the NLL's tokens."""
+        return -self.nll.sum() / self.nll_tokens
 
 
-def fused_orpo(patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, beta: float) -> Fused[Orpo] | str:
+def fused_orpo(
+    patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, beta: float
+) -> Fused[Orpo] | str:
     """The ORPO loss in one forward of ``model``: three products of the head's size; or why the model keeps its path.
 
     Raises:
@@ -227,14 +245,13 @@ def fused_logprobs(patch: Patch, trainer: Any, model: nn.Module, site: Site, bat
             second = _logprobs(hidden[:pairs][apart], head, batch.nll[apart], ignore, settings)
             nll = nll.masked_scatter(apart, second)
         means = _logit_means(hidden.detach(), head, batch, settings, None)
-        return Logprobs(every * (batch.answer != ignore), nll, means)
+        in_answer = batch.answer != ignore
+        return Logprobs(every * in_answer, nll, means, in_answer.sum(-1), in_nll.sum())
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> str:
         backend = select(settings.backend, hidden.device, hidden.dtype).name
         scores = int((wanted != ignore).sum() + apart.sum())
-        return (
-            f"log-probabilities on backend {backend}: at most 4 products over {scores} of {wanted.numel()} positions"
-        )
+        return f"log-probabilities on backend {backend}: at most 4 products over {scores} of {wanted.numel()} positions"
 
     def tracked(result: Logprobs) -> Tensor:
         return torch.cat([result.answer, result.nll])
@@ -415,7 +432,9 @@ def _forward(
     except Exception as error:
         if call.reading is not None or call.calls == 0 or call.returned:
             raise
-        call.refusal = f"its forward fails on logits of other rows than it gave its head ({type(error).__name__}: {error})"
+        call.refusal = (
+            f"its forward fails on logits of other rows than it gave its head ({type(error).__name__}: {error})"
+        )
     finally:
         handle.remove()
     if call.calls == 0:
@@ -479,7 +498,7 @@ class _Pass(Generic[R]):
         self.refusal = self._misfit()
         if self.refusal is not None or self.reading is not None:
             if self.refusal is None and self.reading is not None:
-                self.result = self.score(input, self.reading.head(head), self.patch.settings)
+                self.result = self._scored(self.reading, self.patch.settings)
             return input.new_zeros(1, 1, head.weight.shape[0])
         device = input.device.type
         self.autocast = torch.autocast(
@@ -495,7 +514,7 @@ class _Pass(Generic[R]):
             own = type(head).forward(head, rows)
         self.eps = _rounding_of(own, rows, head)
         self.given = torch.cat([probes(head.weight.shape[0], dtype, input.device), own.to(dtype)])
-        return self.given[None]
+        return self.given[None].clone()  # models write into their logits
 
     def _misfit(self) -> str | None:
         if self.calls > 1:
@@ -518,9 +537,8 @@ class _Pass(Generic[R]):
                 self.refusal = reading
                 return
             with self.autocast:
-                head = reading.head(self.site.head)
-                self.result = self._first_score(head)
-                self._compare(output.logits[0, PROBES:], head, reading)
+                self.result = self._first_scored(reading)
+                self._compare(output.logits[0, PROBES:], reading)
             self.reading = reading
         if self.result is not None:
             output["loss"] = self.tracked(self.result)
@@ -530,11 +548,15 @@ class _Pass(Generic[R]):
             return f"it makes logits {list(logits.shape)} of its head's output {[1, *self.given.shape]}"
         return read(self.given[:PROBES], logits[0, :PROBES])
 
-    def _first_score(self, head: Head) -> R:
+    def _scored(self, reading: Reading, settings: Settings) -> R:
+        result = self.score(self.hidden, reading.head(self.site.head), settings)
+        return cast(R, result._replace(logit_means=result.logit_means + reading.shift))
+
+    def _first_scored(self, reading: Reading) -> R:
         """The first call on this machine may be the one that finds a kernel which does not compile or launch here."""
         settings = self.patch.settings
         try:
-            result = self.score(self.hidden, head, settings)
+            result = self._scored(reading, settings)
             if self.hidden.is_cuda:
                 torch.cuda.synchronize(self.hidden.device)  # a launch fails late
         except torch.OutOfMemoryError:
@@ -543,7 +565,7 @@ class _Pass(Generic[R]):
             if settings.backend != "auto":
                 raise
             plain = replace(settings, backend="torch")
-            result = self.score(self.hidden, head, plain)  # what is wrong with the inputs is wrong here too
+            result = self._scored(reading, plain)  # what is wrong with the inputs is wrong here too
             self.patch.settings = plain
             reason = " ".join(str(error).split())
             _say(
@@ -555,7 +577,7 @@ class _Pass(Generic[R]):
         return result
 
     @torch.no_grad()
-    def _compare(self, logits: Tensor, head: Head, reading: Reading) -> None:
+    def _compare(self, logits: Tensor, reading: Reading) -> None:
         """Raise if the model's own ``logits [k, V]`` give its labels other log-probabilities than ours.
 
         The tolerance is what rounding can do: each side rounds the label's logit and, in the log-sum-exp, every other
@@ -568,13 +590,15 @@ class _Pass(Generic[R]):
             return
         labels = self.batch.answer.reshape(-1)[self.places]
         rows = self.hidden.detach().reshape(-1, self.hidden.shape[-1])[self.places]
-        ours = _logprobs(rows, head, labels, self.batch.ignore_index, self.patch.settings).double()
-        logits, given = logits.double(), self.given[PROBES:, : reading.vocab].double()
+        ours = _logprobs(
+            rows, reading.head(self.site.head), labels, self.batch.ignore_index, self.patch.settings
+        ).double()
+        logits, given = logits.double() - reading.shift, self.given[PROBES:, : reading.vocab].double()
         theirs = torch.log_softmax(logits, -1)
         size = torch.maximum(logits.abs(), reading.logit_scale * given.abs())
         weighed = torch.where(theirs > -50, theirs.exp() * size, 0.0).sum(-1)
         theirs, size = (values.gather(-1, labels[:, None]).squeeze(-1) for values in (theirs, size))
-        # A label in a masked column is infinitely unlikely either way.
+        # A label in a masked column has no probability either way.
         difference = torch.where(theirs > MASKED, (theirs - ours).abs(), 0.0)
         tolerance = 2 * self.eps * (size + weighed) + 1e-5
         self.agreement = difference.max().item()

@@ -52,16 +52,13 @@ def concatenated_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> 
     Downstream takes the mean of the logits and nothing else; the stand-ins hold it.
     """
     site = _site(self, model, ("get_batch_logps",))
-    data = _batch(self, batch) if isinstance(site, Site) else None
-    fused = site if isinstance(site, str) else fused_logprobs(PATCH, self, model, site, data)
+    fused = site if isinstance(site, str) else fused_logprobs(PATCH, self, model, site, _batch(self, batch))
     if isinstance(fused, str):
         keeps_stock(self, fused)
         return PATCH.stock["concatenated_forward"](self, model, batch)
-    logps, nll_logps, logit_means = fused.result
-    in_answer, in_nll = data.answer != data.ignore_index, data.nll != data.ignore_index
-    means = logps.sum(-1) / in_answer.sum(-1)
-    chosen, rejected = means.chunk(2)
-    result = (chosen, rejected, logit_means[:1], logit_means[1:], -nll_logps.sum() / in_nll.sum())
+    chosen, rejected = fused.result.answer_means.chunk(2)
+    means = fused.result.logit_means
+    result = (chosen, rejected, means[:1], means[1:], fused.result.nll_loss)
     return (*result, fused.output.aux_loss) if self.aux_loss_enabled else result
 
 
