@@ -59,6 +59,17 @@ class Trainer:
         """
         return importlib.import_module(self.integration).PATCH
 
+    def patch(self, backend: str | None = None, workspace_bytes: int | None = None) -> None:
+        """Replace the trainer's methods, or give those in place other settings.
+
+        Raises:
+            ImportError: as ``load``.
+            ValueError: no such backend, or no such number of bytes.
+        """
+        from orpo_kernels.integrations.trainer import Settings
+
+        self.load().apply(Settings.chosen(backend, workspace_bytes))
+
 
 TRL = Trainer(
     "trl",
@@ -85,14 +96,7 @@ def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None)
         ImportError: trl is missing or has no ORPOTrainer this package knows; the message says what would help.
         ValueError: no such backend, or no such number of bytes.
     """
-    _apply(TRL, backend, workspace_bytes)
-
-
-def _apply(trainer: Trainer, backend: str | None = None, workspace_bytes: int | None = None) -> None:
-    from orpo_kernels.integrations.trainer import Settings
-
-    settings = Settings.chosen(backend, workspace_bytes)
-    trainer.load().apply(settings)
+    TRL.patch(backend, workspace_bytes)
 
 
 def unpatch_trl() -> None:

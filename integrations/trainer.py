@@ -80,7 +80,10 @@ class Patch:
         self.settings = Settings()
         missing = [name for name in (*replacements, *stands_for) if not hasattr(owner, name)]
         if missing:
-            raise ImportError(f"{owner.__module__}.{owner.__name__} has no {', '.join(missing)}")
+            raise ImportError(
+                f"{owner.__module__}.{owner.__name__} has no {', '.join(missing)}, so this version of its library is "
+                "not one that its patch knows"
+            )
 
     @property
     def applied(self) -> bool:

@@ -84,6 +84,16 @@ def _auto(kind: str, shape: dict[str, Any] | None = None, **options: Any) -> Cal
 
 
 _MUSE = {"output_multiplier": 0.3, "final_logit_softcapping": 2.0}
+_FEW_EXPERTS: dict[str, Any] = {
+    "head_dim": 8,
+    "swa_head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "rel_extent": 16,
+}
 _DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 # A model, and what it is to be read as beside its 97 columns. Each is a row of what heads in transformers do.
 ROWS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -164,12 +174,12 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         ", scale 0.3",
     ),
     "inkling slices": (
-        lambda: AutoModelForCausalLM.from_config(InklingTextConfig(**SHAPE, head_dim=8, unpadded_vocab_size=90)),
+        lambda: AutoModelForCausalLM.from_config(InklingTextConfig(**SHAPE, **_FEW_EXPERTS, unpadded_vocab_size=90)),
         "slice",
     ),
     "inkling2 slices and caps": (
         lambda: AutoModelForCausalLM.from_config(
-            Inkling2TextConfig(**SHAPE, unpadded_vocab_size=90, final_logit_softcapping=2.0)
+            Inkling2TextConfig(**SHAPE, **_FEW_EXPERTS, unpadded_vocab_size=90, final_logit_softcapping=2.0)
         ),
         "slice, softcap 2",
     ),
