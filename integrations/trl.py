@@ -31,11 +31,14 @@ ORPOTrainer: Any = TRL.find_class()
 
 def get_batch_loss_metrics(self: Any, model: nn.Module, batch: dict[str, Any], train_eval: str = "train") -> Any:
     """The ORPO loss and TRL's metrics of a batch, as TRL's method of this name returns them."""
-    site = _site(self, model, ("concatenated_forward", "odds_ratio_loss", "get_batch_logps"))
+    stock = PATCH.stock["get_batch_loss_metrics"]
+    site = _site(self, model, ("concatenated_forward", "get_batch_logps"))
+    if isinstance(site, Site) and PATCH.own_method(self, ("odds_ratio_loss",)):
+        return stock(self, model, batch, train_eval)  # its log-probabilities come from concatenated_forward below
     fused = site if isinstance(site, str) else fused_orpo(PATCH, self, model, site, _batch(self, batch), self.beta)
     if isinstance(fused, str):
         keeps_stock(self, fused)
-        return PATCH.stock["get_batch_loss_metrics"](self, model, batch, train_eval)
+        return stock(self, model, batch, train_eval)
     out, (chosen, rejected) = fused.result
     logged = out._replace(chosen_logits_mean=chosen, rejected_logits_mean=rejected)
     loss = fused.tracked
