@@ -328,15 +328,18 @@ def metrics_of_all_ranks(accelerator: Any, out: OrpoOutput) -> dict[str, float]:
     return dict(zip(metrics, torch.stack([value.to(dtype) for value in metrics.values()]).tolist(), strict=True))
 
 
-_warned: weakref.WeakSet[Any] = weakref.WeakSet()
-_announced: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
 def keeps_stock(trainer: Any, reason: str) -> None:
     """Say once per trainer that its loss is not fused, and why."""
-    if trainer not in _warned:
-        _warned.add(trainer)
+    if _first(trainer, "unfused"):
         _say(trainer, logging.WARNING, f"does not fuse the loss of this {type(trainer).__name__}: {reason}")
+
+
+def _first(trainer: Any, what: str) -> bool:
+    """Whether this is to be said of a trainer for the first time; some trainers cannot be hashed."""
+    said: set[str] = vars(trainer).setdefault("_orpo_kernels_said", set())
+    first = what not in said
+    said.add(what)
+    return first
 
 
 def _say(trainer: Any, level: int, line: str) -> None:
@@ -454,8 +457,7 @@ def _forward(
     assert call.result is not None
     if reading is None:
         memory.readings[mode] = _Known(mark, call.reading)
-        if trainer not in _announced:
-            _announced.add(trainer)
+        if _first(trainer, "fused"):
             how = plan(call.hidden.detach(), call.reading.head(site.head), patch.settings)
             agreement = "" if call.agreement is None else f" (log-probabilities within {call.agreement:.1g} nats)"
             _say(
