@@ -12,14 +12,20 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-Pair = dict[str, str]  # prompt, chosen, rejected
+Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or in a file conversations
 FIELDS = ("prompt", "chosen", "rejected")
 
 VOCABULARY = 32_768
+# How the small tokenizer writes a conversation down; a named model's has its own way.
+CHAT = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 PROMPT_WORDS = 16
 ANSWER_WORDS = 48
 
@@ -49,7 +55,10 @@ def preference_pairs(seed: int = 0) -> list[Pair]:
 
 
 def load_pairs(path: Path) -> list[Pair]:
-    """Read pairs from a JSONL file whose lines hold the strings prompt, chosen and rejected; other fields are dropped.
+    """Read pairs from a JSONL file, in the forms that TRL takes; other fields are dropped.
+
+    A line holds chosen and rejected, and prompt unless that is how both of them begin. They are strings, or
+    conversations: lists of messages with a role and a content.
 
     Raises:
         ValueError: A line is no such object, a field is empty, or the file has no line; the message names the line.
@@ -62,16 +71,41 @@ def load_pairs(path: Path) -> list[Pair]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from error
-        for name in FIELDS:
-            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name]:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+        pair = {name: row[name] for name in FIELDS if name in row}
+        for name in FIELDS[1:] if "prompt" not in row else FIELDS:
+            if not _is_text(pair.get(name)):
                 raise ValueError(
-                    f"{path}, line {number}: expected an object with the non-empty strings {', '.join(FIELDS)}, "
-                    f"but {name} is missing, empty or no string"
+                    f"{path}, line {number}: {name} is missing, empty or neither a string nor a list of messages with "
+                    "a role and a content; expected an object with chosen, rejected and, unless both begin with it, "
+                    "prompt"
                 )
-        pairs.append({name: row[name] for name in FIELDS})
+        if len({type(text) for text in pair.values()}) > 1:
+            raise ValueError(
+                f"{path}, line {number}: some fields are strings and some conversations; expected one kind"
+            )
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path} holds no pairs; expected one JSON object a line with {', '.join(FIELDS)}")
     return pairs
+
+
+def _is_text(text: object) -> bool:
+    if isinstance(text, list):
+        return bool(text) and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in text
+        )
+    return isinstance(text, str) and bool(text)
+
+
+def texts(pairs: Iterable[Pair]) -> list[str]:
+    """Every text of these pairs, for a tokenizer to learn from."""
+    fields = [text for pair in pairs for text in pair.values()]
+    return [part for text in fields for part in ([text] if isinstance(text, str) else [m["content"] for m in text])]
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -92,7 +126,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     source = [path.read_text(encoding="utf-8", errors="replace") for path in library]
     bpe.train_from_iterator([*texts, *topics.values(), *source], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def _passages(text: str) -> list[list[str]]:

@@ -1,7 +1,8 @@
 """ORPO training with TRL, and nothing else: `python examples/train_orpo.py [--data FILE.jsonl] [--model NAME] ...`.
 
 Without arguments it trains a small Llama from scratch on the documentation that ships with Python. It writes
-`history.json` into `--output`: every metric of every step, seconds a step, peak memory, versions.
+`history.json` into `--output`: every metric of every step, seconds a step, peak memory, versions; and the trained model
+with its tokenizer into `model` beside it.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
 )
+from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ else:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The script's options; the defaults make a run of about a minute on two cores."""
     parser = argparse.ArgumentParser(description="ORPO training with TRL.")
-    parser.add_argument("--data", type=Path, help="JSONL file of prompt, chosen, rejected (default: Python's own docs)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="JSONL file of prompt, chosen, rejected, strings or conversations (default: Python's own docs)",
+    )
     parser.add_argument("--model", help="path or name of a causal language model (default: a small Llama, untrained)")
     parser.add_argument("--hidden-size", type=int, default=256, help="width of the small Llama, a multiple of 64")
     parser.add_argument("--layers", type=int, default=2, help="depth of the small Llama")
@@ -59,6 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--hidden-size must be a positive multiple of 64, got {options.hidden_size}")
     if options.data is not None and not options.data.is_file():
         parser.error(f"--data: there is no file {options.data}")
+    if options.model is not None and options.model.startswith((".", "/", "~")) and not Path(options.model).is_dir():
+        parser.error(f"--model: there is no folder {options.model}")
     return options
 
 
@@ -86,10 +94,17 @@ class Steps(ProgressCallback):  # type: ignore[misc]
 def load_model(options: argparse.Namespace, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The named model and its tokenizer; without a name a small untrained Llama and a tokenizer trained on `texts`."""
     if options.model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        except OSError as error:
+            sys.exit(
+                f"train_orpo: --model: {options.model} is no folder with a model and its tokenizer, and the Hugging "
+                f"Face hub gave none of that name: {str(error).splitlines()[0]}"
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), tokenizer
+        return model, tokenizer
     tokenizer = corpus.train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=max(len(tokenizer), corpus.VOCABULARY),  # the head keeps its size where the merges ran out early
@@ -103,6 +118,13 @@ def load_model(options: argparse.Namespace, texts: list[str]) -> tuple[PreTraine
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config), tokenizer
+
+
+def as_strings(pairs: list[corpus.Pair], tokenizer: PreTrainedTokenizerBase) -> list[corpus.Pair]:
+    """Pairs as TRL would make them: a prompt both answers begin with taken out, conversations written down."""
+    if any(is_conversational(pair) for pair in pairs) and tokenizer.chat_template is None:
+        sys.exit("train_orpo: --data holds conversations, but the tokenizer of --model has no chat template")
+    return [maybe_apply_chat_template(maybe_extract_prompt(pair), tokenizer) for pair in pairs]
 
 
 def shorten_prompts(pairs: list[corpus.Pair], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[corpus.Pair]:
@@ -144,8 +166,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.set_seed(options.seed)
     pairs = corpus.preference_pairs(options.seed) if options.data is None else corpus.load_pairs(options.data)
-    model, tokenizer = load_model(options, [text for pair in pairs for text in pair.values()])
-    pairs = shorten_prompts(pairs, tokenizer, options.max_length // 2)
+    model, tokenizer = load_model(options, corpus.texts(pairs))
+    pairs = shorten_prompts(as_strings(pairs, tokenizer), tokenizer, options.max_length // 2)
 
     config = ORPOConfig(
         output_dir=str(options.output),
@@ -197,6 +219,7 @@ def main() -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    trainer.save_model(str(options.output / "model"))
 
 
 if __name__ == "__main__":

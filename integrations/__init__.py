@@ -1,19 +1,15 @@
 """Patches for trainers: each in a module of its own, all known here.
 
-A new trainer is one module with ``patch``, ``unpatch`` and ``refusal``, and one line in ``TRAINERS``.
+A new trainer is one module over ``trainer.py`` with a ``PATCH``, and one line in ``TRAINERS``.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import importlib.metadata
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 __all__ = ["TRAINERS", "patch_trl", "patched_trl", "unpatch_trl"]
@@ -24,79 +20,100 @@ class Trainer:
     """A trainer that can be patched, without importing its library."""
 
     library: str  # distribution name
-    module: str  # the module that defines the trainer class
-    target: str  # what is patched, for people
+    oldest: str  # version of the library that this patch was tried with
+    homes: tuple[str, ...]  # modules that may define the trainer class, the newest first
+    name: str  # the class
     integration: str  # our module
 
-    def load(self) -> ModuleType:
-        """Our module for this trainer, which imports its library."""
-        return importlib.import_module(self.integration)
+    @property
+    def target(self) -> str:
+        """What is patched, for people."""
+        return f"{self.library} {self.name}"
+
+    def find_class(self) -> Any:
+        """The trainer class.
+
+        Raises:
+            ImportError: the library is missing, broken or has no such class; the message says what would help.
+        """
+        failures: list[str] = []
+        for home in self.homes:
+            try:
+                return getattr(importlib.import_module(home), self.name)
+            except (ImportError, AttributeError) as error:
+                failures.append(f"{home}: {error}")
+        try:
+            version = importlib.metadata.version(self.library)
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(f"{self.library} is not installed: pip install {self.library}") from None
+        raise ImportError(
+            f"{self.library} {version} gave no {self.name} ({'; '.join(failures)}). The patch knows {self.library} "
+            f"from {self.oldest} on: pip install --upgrade {self.library}"
+        )
+
+    def load(self) -> Any:
+        """Our ``Patch`` of this trainer, which imports its library.
+
+        Raises:
+            ImportError: as ``find_class``, or the class lacks a method that the patch replaces.
+        """
+        return importlib.import_module(self.integration).PATCH
+
+    def patch(self, backend: str | None = None, workspace_bytes: int | None = None) -> None:
+        """Replace the trainer's methods, or give those in place other settings.
+
+        Raises:
+            ImportError: as ``load``.
+            ValueError: no such backend, or no such number of bytes.
+        """
+        from orpo_kernels.integrations.trainer import Settings
+
+        self.load().apply(Settings.chosen(backend, workspace_bytes))
 
 
-TRAINERS = (Trainer("trl", "trl.experimental.orpo.orpo_trainer", "trl ORPOTrainer", "orpo_kernels.integrations.trl"),)
+TRL = Trainer(
+    "trl",
+    "0.24",
+    ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer"),
+    "ORPOTrainer",
+    "orpo_kernels.integrations.trl",
+)
+TRAINERS = (TRL,)
 
 
-def patch_trl() -> None:
+def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:
     """Make TRL's ``ORPOTrainer`` and its subclasses compute their loss without full logits.
 
-    Works before or after the class was imported and for trainers that exist already; patching twice is patching once.
+    Works before or after the class was imported and for trainers that exist already. Patching twice is patching once,
+    with the settings of the second.
+
+    Args:
+        backend: "auto" or a backend's name, as in ``orpo_loss``; None takes the environment's ``ORPO_KERNELS_BACKEND``,
+            else "auto", under which a kernel that fails on its first call gives way to the torch backend.
+        workspace_bytes: as in ``orpo_loss``; None takes ``ORPO_KERNELS_WORKSPACE_BYTES``, else the default.
 
     Raises:
-        ImportError: trl is missing or has no ORPOTrainer this package knows; the message says which versions do.
+        ImportError: trl is missing or has no ORPOTrainer this package knows; the message says what would help.
+        ValueError: no such backend, or no such number of bytes.
     """
-    TRAINERS[0].load().patch()
+    TRL.patch(backend, workspace_bytes)
 
 
 def unpatch_trl() -> None:
     """Give ``ORPOTrainer`` its own methods back. Without a patch nothing happens."""
-    TRAINERS[0].load().unpatch()
+    TRL.load().undo()
 
 
 @contextmanager
-def patched_trl() -> Iterator[None]:
+def patched_trl(*, backend: str | None = None, workspace_bytes: int | None = None) -> Iterator[None]:
     """``patch_trl`` for the length of a ``with`` block; a patch that was there before stays after it."""
-    integration = TRAINERS[0].load()
-    before = integration.is_patched()
-    integration.patch()
+    patch = TRL.load()
+    before = patch.settings if patch.applied else None
+    patch_trl(backend=backend, workspace_bytes=workspace_bytes)
     try:
         yield
     finally:
-        if not before:
-            integration.unpatch()
-
-
-class _PatchOnImport(importlib.abc.MetaPathFinder):
-    """Runs ``then`` once, right after ``module`` has been imported by whoever imports it first."""
-
-    def __init__(self, module: str, then: Callable[[], None]) -> None:
-        self.module, self.then = module, then
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            self.then()
-
-        loader: Any = spec.loader
-        loader.exec_module = exec_module
-        return spec
-
-
-def when_imported(module: str, then: Callable[[], None]) -> None:
-    """Call ``then`` now if ``module`` is imported, else right after it will have been.
-
-    A launcher must not import a training library before the script it runs: scripts set environment variables first.
-    """
-    if module in sys.modules:
-        then()
-    else:
-        sys.meta_path.insert(0, _PatchOnImport(module, then))
+        if before is None:
+            patch.undo()
+        else:
+            patch.apply(before)

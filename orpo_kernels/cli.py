@@ -1,24 +1,35 @@
-"""``orpo-kernels`` and ``python -m orpo_kernels``: run a training script patched, or say what is here."""
+"""``orpo-kernels`` and ``python -m orpo_kernels``: run a training script patched, or say what is here.
+
+The command line is argparse's: torch is this package's only hard dependency, and a launcher must run where it does.
+"""
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import importlib
+import functools
 import importlib.metadata
+import importlib.util
+import multiprocessing
 import os
 import platform
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 
 import orpo_kernels
+from orpo_kernels.integrations import TRAINERS, Trainer
+from orpo_kernels.startup import sitecustomize
 
 PREFIX = "orpo_kernels:"
+# Where the first object of any training library is built: the class, so that a run in which nothing is patched says so.
+BUILT = {"transformers.trainer": "Trainer", "transformers.modeling_utils": "PreTrainedModel"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,60 +39,154 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
+        usage="%(prog)s [--backend NAME] [--workspace-bytes N] {SCRIPT | -m MODULE} [ARGS ...]",
         help="run a training script, unmodified, with its trainers patched",
-        description="Run SCRIPT as python would, with every trainer it imports patched. Also under torchrun "
-        "(torchrun ... -m orpo_kernels run SCRIPT) and accelerate (accelerate launch ... -m orpo_kernels run SCRIPT).",
+        description="Run SCRIPT or MODULE as python would, with every trainer patched that it or a Python process it "
+        "starts imports. Also under torchrun (torchrun ... -m orpo_kernels run SCRIPT) and accelerate (accelerate "
+        "launch ... -m orpo_kernels run SCRIPT).",
     )
-    run.add_argument("script", metavar="SCRIPT")
-    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="passed to the script as they are")
+    run.add_argument("--backend", metavar="NAME", help="auto, or the only backend that will do (default: auto)")
+    run.add_argument("--workspace-bytes", metavar="N", help="bound on the memory of a loss (default: 1 GiB)")
+    run.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
+    run.add_argument("target", metavar="SCRIPT", nargs="?", help="a path, or with -m the name of a module")
+    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="passed on as they are")
     commands.add_parser("doctor", help="versions, device, backends with reasons, and what can be patched")
     options = parser.parse_args(argv)
     if options.command == "doctor":
         return doctor()
-    return run_script(options.script, options.arguments)
+    if options.target is None:
+        run.error(f"{'-m needs the name of a module' if options.module else 'a script is missing'}")
+    for variable, value in (
+        ("ORPO_KERNELS_BACKEND", options.backend),
+        ("ORPO_KERNELS_WORKSPACE_BYTES", options.workspace_bytes),
+    ):
+        if value is not None:
+            os.environ[variable] = value  # where child processes find it too
+    if options.backend is not None or options.workspace_bytes is not None:
+        from orpo_kernels.integrations.trainer import Settings
 
-
-def run_script(script: str, arguments: Sequence[str]) -> int:
-    """Run ``script`` as ``__main__`` with its trainers patched; its exceptions and exit codes are its own."""
-    from orpo_kernels.integrations import TRAINERS, Trainer, when_imported
-
-    if not Path(script).is_file():
-        print(f"{PREFIX} no such script: {script}", file=sys.stderr)
-        return 2
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one line a machine, not one a process
-    imported: list[str] = []
-
-    def say(line: str) -> None:
-        if speaks:
-            print(f"{PREFIX} {line}", file=sys.stderr, flush=True)
-
-    def patch(trainer: Trainer) -> None:
-        imported.append(trainer.library)
         try:
-            trainer.load().patch()
-        except ImportError as error:  # a version we do not know: the script still runs, on its library's own path
-            say(f"patched nothing: {error}")
-        else:
-            say(f"patched {trainer.target} ({trainer.library} {_version(trainer.library)})")
+            Settings.chosen(None, None)
+        except ValueError as error:
+            run.error(str(error))
+    return run_script(options.target, options.arguments, module=options.module)
 
-    for trainer in TRAINERS:
-        when_imported(trainer.module, lambda trainer=trainer: patch(trainer))  # type: ignore[misc]
+
+def run_script(target: str, arguments: Sequence[str], *, module: bool = False) -> int:
+    """Run a script or module as ``__main__`` with its trainers patched; its exceptions and exit codes are its own."""
+    if module:
+        sys.path[0] = os.getcwd()
+    found = _find_module(target) if module else Path(target).is_file()
+    if not found:
+        print(f"{PREFIX} no such {'module' if module else 'script'}: {target}", file=sys.stderr)
+        return 2
+    homes = [home for trainer in TRAINERS for home in trainer.homes]
+    watched = [*homes, *BUILT]
+    os.environ[sitecustomize.VARIABLE] = ",".join(watched)
+    folders = [sitecustomize.FOLDER, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
+    sitecustomize.watch(watched, imported)
 
     def report() -> None:
-        if not imported:
-            say(f"patched nothing: {script} never imported {', '.join(trainer.module for trainer in TRAINERS)}")
+        if not (_told or _failed):
+            _say(f"patched nothing in this process: {target} never imported {' or '.join(homes)}")
 
     atexit.register(report)
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
+    sys.excepthook = functools.partial(_their_traceback, sys.excepthook)
+    sys.argv = [target, *arguments]
+    if module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(target).resolve().parent)
+        runpy.run_path(target, run_name="__main__")
     return 0
+
+
+def _find_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # one of its parents
+        return False
+
+
+_told: list[str] = []  # lines said, so that the end of the process says no more than is needed
+_failed: list[BaseException] = []  # what ended the script
+
+
+def _say(line: str) -> None:
+    """One line a machine, not one a process, and none from workers of ``multiprocessing``."""
+    _told.append(line)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and multiprocessing.parent_process() is None:
+        print(f"{PREFIX} {line}", file=sys.stderr, flush=True)
+
+
+def imported(name: str) -> None:
+    """A watched module was imported, here or in a child process: patch what it defines, or watch what it builds."""
+    for trainer in TRAINERS:
+        if name in trainer.homes:
+            _patch(trainer)
+    if name in BUILT:
+        _when_first_built(getattr(sys.modules[name], BUILT[name]), _built)
+
+
+def _patch(trainer: Trainer) -> None:
+    try:
+        patch = trainer.load()
+        if patch.applied:  # by another of its homes, or by the script itself
+            return
+        trainer.patch()
+    except (ImportError, ValueError) as error:  # a version we do not know: the script runs on its library's own path
+        _say(f"patched nothing: {error}")
+    else:
+        _say(f"patched {trainer.target} ({trainer.library} {_version(trainer.library)})")
+
+
+def _built(cls: type) -> None:
+    """Say that nothing is patched now, when a run begins, and not after its hours of training."""
+    patched = [trainer for trainer in TRAINERS if any(home in sys.modules for home in trainer.homes)]
+    known = ", ".join(trainer.target for trainer in TRAINERS)
+    trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
+    if issubclass(cls, trainer_class):
+        if not any(issubclass(cls, trainer.load().owner) for trainer in patched):
+            _say(f"patched nothing of {cls.__module__}.{cls.__name__}: it is no {known}")
+    elif not patched:
+        _say(f"patched nothing so far: a {cls.__name__} is built and no {known} was imported")
+
+
+def _when_first_built(cls: Any, then: Callable[[type], None]) -> None:
+    init = cls.__init__
+    due = [then]
+
+    @functools.wraps(init)
+    def first(self: Any, *args: Any, **kwargs: Any) -> None:
+        if due:
+            due.pop()(type(self))
+        if cls.__init__ is first:  # and not wrapped by somebody else in the meantime
+            cls.__init__ = init
+        init(self, *args, **kwargs)
+
+    cls.__init__ = first
+
+
+def _their_traceback(
+    hook: Callable[..., None], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A script's traceback begins with the script, as if python had run it."""
+    _failed.append(error)
+    kept = trace
+    while kept is not None and kept.tb_frame.f_code is not run_script.__code__:
+        kept = kept.tb_next
+    kept = kept.tb_next if kept is not None else None
+    while kept is not None and kept.tb_frame.f_globals.get("__name__") == "runpy":
+        kept = kept.tb_next
+    if kept is not None or isinstance(error, SyntaxError):
+        trace = kept
+    hook(kind, error.with_traceback(trace), trace)
 
 
 def doctor() -> int:
     """Print what a bug report needs."""
     from orpo_kernels.backends import by_preference
-    from orpo_kernels.integrations import TRAINERS
 
     print(f"orpo_kernels {orpo_kernels.__version__}, python {platform.python_version()}, {platform.platform()}")
     for library in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger-kernel"):
@@ -98,7 +203,7 @@ def doctor() -> int:
         print(f"backend {backend.name}: {reason or ('available' if used else 'used')}")
         used = used or reason is None
     for trainer in TRAINERS:
-        print(f"patch {trainer.target}: {_patchable(trainer.library, trainer.integration)}")
+        print(f"patch {trainer.target}: {_patchable(trainer)}")
     return 0
 
 
@@ -109,13 +214,11 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _patchable(library: str, integration: str) -> str:
-    if _version(library) is None:
-        return f"no, {library} is not installed (pip install 'orpo_kernels[hf]')"
+def _patchable(trainer: Trainer) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # trl says of its experimental modules what nobody asked here
-            importlib.import_module(integration)
+            trainer.load()
     except ImportError as error:
         return f"no, {error}"
     return "yes"

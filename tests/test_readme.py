@@ -26,7 +26,7 @@ def snippets(language: str) -> list[str]:
 @pytest.mark.slow
 def test_an_unmodified_script(tmp_path: Path) -> None:
     (command,) = (text.strip() for text in snippets("console") if "orpo_kernels run" in text)
-    shutil.copy(ROOT / "tests" / "stock_script.py", tmp_path / "train.py")
+    shutil.copy(ROOT / "tests" / "integrations" / "stock_script.py", tmp_path / "train.py")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [*command.split(), "out.json", "--steps=1"], cwd=tmp_path, env={**os.environ, "PATH": path},
@@ -44,7 +44,7 @@ def test_two_lines_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "out.json"), "--steps=1"])
     try:
         exec(snippet, {})
-        namespace = runpy.run_path(str(ROOT / "tests" / "stock_script.py"), run_name="__main__")
+        namespace = runpy.run_path(str(ROOT / "tests" / "integrations" / "stock_script.py"), run_name="__main__")
         assert namespace["ORPOTrainer"].get_batch_loss_metrics.__module__ == "orpo_kernels.integrations.trl"
     finally:
         unpatch_trl()

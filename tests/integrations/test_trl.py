@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import transformers
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from orpo_kernels.integrations import patch_trl, patched_trl, unpatch_trl
-from orpo_kernels.integrations.trl import ORPOTrainer, is_patched
-from tests.stock_script import pairs, tokenizer
+from orpo_kernels.integrations import TRL, patch_trl, patched_trl, unpatch_trl
+from orpo_kernels.integrations.trainer import Settings
+from orpo_kernels.integrations.trl import PATCH, ORPOTrainer
+from tests.integrations.stock_script import pairs, tokenizer
 
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
@@ -51,7 +53,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 def _settings() -> Any:
     """Trainers seed themselves, and poisoned memory is none of their business."""
     torch.use_deterministic_algorithms(False)
-    assert not is_patched()
+    assert not PATCH.applied
     yield
     unpatch_trl()
 
@@ -170,7 +172,7 @@ def test_subclasses_are_patched(tmp_path: Path) -> None:
 
 
 def assert_no_logits(run: Any) -> None:
-    """One step in which the head module itself multiplies nothing but the few rows of the check."""
+    """A run in which the head itself multiplies but the few rows of the checks, in training and in evaluation."""
     rows: list[int] = []
     own = torch.nn.Linear.forward
 
@@ -184,7 +186,7 @@ def assert_no_logits(run: Any) -> None:
         run.train()
     finally:
         torch.nn.Linear.forward = own  # type: ignore[method-assign]
-    assert sum(rows) <= 8
+    assert rows == [8, 8]
 
 
 def test_patching_is_idempotent_and_reversible(tmp_path: Path) -> None:
@@ -193,15 +195,15 @@ def test_patching_is_idempotent_and_reversible(tmp_path: Path) -> None:
     patch_trl()
     patch_trl()
     with patched_trl():
-        assert is_patched()
-    assert is_patched()  # it was before the block
+        assert PATCH.applied
+    assert PATCH.applied  # it was before the block
     assert_no_logits(existing)  # a trainer built before the patch
     unpatch_trl()
     unpatch_trl()
     assert {name: ORPOTrainer.__dict__[name] for name in stock} == stock
     with pytest.raises(KeyError), patched_trl():
         raise KeyError
-    assert not is_patched()
+    assert not PATCH.applied
 
 
 def test_an_answer_truncated_to_nothing_does_not_kill_the_run(tmp_path: Path) -> None:
@@ -217,72 +219,157 @@ def test_an_answer_truncated_to_nothing_does_not_kill_the_run(tmp_path: Path) ->
     assert all(value == value for entry in logs for value in entry.values())
 
 
-def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "orpo_kernels" in record.getMessage()]
-
-
 @pytest.fixture
-def trl_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """TRL logs through accelerate's adapter, which lets the main process speak."""
-    logger = logging.getLogger("trl.experimental.orpo.orpo_trainer")
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logging.getLogger("trl"), "propagate", True)
-    caplog.set_level(logging.WARNING)
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="orpo_kernels")
     return caplog
 
 
-def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, trl_log: pytest.LogCaptureFixture) -> None:
+def said(log: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in log.records if record.name == "orpo_kernels"]
+
+
+def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     assert_same(CONFIGS["llama"](), tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-    (message,) = warned(trl_log)
+    (message,) = said(log)
     assert "does not fuse the loss of this ORPOTrainer: its head is a peft." in message
     assert "not a plain nn.Linear" in message
 
 
-def test_encoder_decoder_keeps_trls_path(tmp_path: Path, trl_log: pytest.LogCaptureFixture) -> None:
+def test_encoder_decoder_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(
         vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     patch_trl()
     trainer(transformers.T5ForConditionalGeneration(config), tmp_path, max_completion_length=16).train()
-    (message,) = warned(trl_log)
+    (message,) = said(log)
     assert "does not fuse the loss of this ORPOTrainer: encoder-decoder models are not supported" in message
 
 
-class Odd(transformers.LlamaForCausalLM):
-    """A model whose logits the tables cannot know."""
+class Scaled(transformers.LlamaForCausalLM):
+    """A model that no table of model types would know."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        output["logits"] = output["logits"] * 1.5
+        logits = output["logits"] * 1.5 - 7
+        logits[..., 90:] = torch.finfo(logits.dtype).min
+        output["logits"] = logits
         return output
 
 
-class Headless(transformers.LlamaForCausalLM):
-    """A model that does not call its output embeddings."""
+class Centred(transformers.LlamaForCausalLM):
+    """A model that mixes its logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = self.model(*args, **kwargs)[0]
-        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=hidden @ self.lm_head.weight.T)
+        output = super().forward(*args, **kwargs)
+        output["logits"] = output["logits"] - output["logits"].mean(-1, keepdim=True)
+        return output
 
 
-def test_a_model_that_does_something_else_is_refused(tmp_path: Path) -> None:
+def of_class(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: PretrainedConfig) -> Any:
+        torch.manual_seed(0)
+        return cls(config)
+
+    monkeypatch.setattr("tests.integrations.test_trl.model", build)
+
+
+def test_nothing_changes_for_a_model_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    of_class(Scaled, monkeypatch)
+    config = CONFIGS["llama"]()
+    stock, weights = train(model(config), tmp_path, False)
+    ours, our_weights = train(model(config), tmp_path, True)
+    (line,) = said(log)
+    assert line.startswith("orpo_kernels: fused the loss of this ORPOTrainer: plan ")
+    assert "read as 97 columns, scale 1.5, 7 of them masked, all shifted by -7, agree on the first batch" in line
+    for theirs, mine in zip(stock, ours, strict=True):
+        for name, value in theirs.items():
+            if "logits/" not in name:  # the mean of what is masked with the lowest number there is
+                assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for name, weight in weights.items():
+        torch.testing.assert_close(our_weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_mixes_its_logits_keeps_trls_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    of_class(Centred, monkeypatch)
+    assert_same(CONFIGS["llama"](), tmp_path)
+    (line,) = said(log)
+    assert "does not fuse the loss of this ORPOTrainer: Centred: it turns 1e+18 into" in line
+
+
+def doubled(self: Any, chosen: Any, rejected: Any) -> Any:
+    losses, *rest = STOCK_ODDS(self, chosen, rejected)
+    return 2 * losses, *rest
+
+
+STOCK_ODDS = ORPOTrainer.odds_ratio_loss
+
+
+class Replaced(ORPOTrainer):  # type: ignore[misc]
+    """As a script does that replaces a method on the trainer it has built."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.odds_ratio_loss = doubled.__get__(self)
+
+
+def test_a_method_replaced_on_a_trainer_is_called(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    assert_same(CONFIGS["llama"](), tmp_path, cls=Replaced)
+    (line,) = said(log)
+    assert "fused the loss of this Replaced: log-probabilities on backend torch" in line
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_method_replaced_on_the_class_is_called(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """Before the patch or after it."""
+    if not first:
+        patch_trl()
+    monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", doubled)
     patch_trl()
-    with pytest.raises(
-        RuntimeError, match=r"does not reproduce the logits of Odd: for 8 tokens .* are \[-.* and ours \[-"
-    ):
-        trainer(Odd(CONFIGS["llama"]()), tmp_path).train()
-    with pytest.raises(RuntimeError, match="Headless called its head 0 times in one forward, expected once"):
-        trainer(Headless(CONFIGS["llama"]()), tmp_path).train()
+    trainer(model(CONFIGS["llama"]()), tmp_path, max_steps=1).train()
+    (line,) = said(log)
+    assert "fused the loss of this ORPOTrainer: log-probabilities on backend torch" in line
 
 
-def test_a_wrong_table_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is what stands between a new model type and a silently wrong loss."""
-    from orpo_kernels.integrations import heads
+def own_logps(*args: Any, **options: Any) -> Any:
+    return 2 * ORPOTrainer.get_batch_logps(*args, **options)
 
-    monkeypatch.setattr(heads, "SOFTCAPS", {})
-    monkeypatch.setattr(heads, "DIVISORS", {})
-    patch_trl()
-    for name in ("gemma2 softcap", "granite divides"):
-        with pytest.raises(RuntimeError, match="does not reproduce the logits"):
-            trainer(model(CONFIGS[name]()), tmp_path).train()
+
+class OwnLogps(ORPOTrainer):  # type: ignore[misc]
+    """As a script does that replaces a method on the trainer it has built, whose work is the head's own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.get_batch_logps = own_logps
+
+
+def test_a_method_of_logits_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    assert_same(CONFIGS["llama"](), tmp_path, cls=OwnLogps)
+    (line,) = said(log)
+    assert line.endswith("OwnLogps had its get_batch_logps replaced, which a fused loss would pass by")
+
+
+def test_settings_of_the_patch() -> None:
+    patch_trl(backend="torch", workspace_bytes=1_000_000)
+    assert PATCH.settings == Settings("torch", 1_000_000)
+    with patched_trl():
+        assert PATCH.settings == Settings()
+    assert PATCH.settings == Settings("torch", 1_000_000)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        patch_trl(backend="cuda")
+    assert PATCH.settings == Settings("torch", 1_000_000)
+
+
+def test_a_trl_that_cannot_be_used_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = dataclasses.replace(TRL, homes=("trl.no_such_home",))
+    with pytest.raises(ImportError, match=r"trl \S+ gave no ORPOTrainer .* from 0.24 on: pip install --upgrade trl"):
+        nowhere.find_class()
+    with pytest.raises(ImportError, match="no-such-library is not installed: pip install no-such-library"):
+        dataclasses.replace(nowhere, library="no-such-library").find_class()

@@ -85,9 +85,15 @@ def test_load_pairs_keeps_the_three_fields_and_skips_blank_lines(tmp_path: Path)
     ("text", "message"),
     [
         ("", "holds no pairs"),
-        ("{}\n", "line 1: .* prompt is missing"),
-        ('\n{"prompt": "p", "chosen": "", "rejected": "r"}', "line 2: .* chosen is missing, empty"),
-        ('{"prompt": "p", "chosen": "c", "rejected": ["r"]}', "rejected is missing, empty or no string"),
+        ("{}\n", "line 1: chosen is missing"),
+        ('{"prompt": "", "chosen": "c", "rejected": "r"}', "line 1: prompt is missing, empty"),
+        ('{"chosen": [{"role": "user"}], "rejected": "r"}', "chosen is missing, empty or neither a string nor a list"),
+        (
+            '{"chosen": [{"role": "user", "content": "c"}], "rejected": "r"}',
+            "line 1: some fields are strings and some conversations",
+        ),
+        ('\n{"prompt": "p", "chosen": "", "rejected": "r"}', "line 2: chosen is missing, empty"),
+        ('{"prompt": "p", "chosen": "c", "rejected": ["r"]}', "rejected is missing, empty or neither"),
         ("[1]", "line 1: expected an object"),
         ("nonsense", "line 1: not JSON"),
     ],
@@ -103,7 +109,12 @@ def test_script_arguments(train_orpo: ModuleType, capsys: pytest.CaptureFixture[
     assert train_orpo.parse_arguments([]).learning_rate > 1e-4
     assert train_orpo.parse_arguments(["--model", "some/model"]).learning_rate < 1e-4  # pretrained: a gentle default
     assert train_orpo.parse_arguments(["--model", "some/model", "--learning-rate", "1"]).learning_rate == 1
-    for wrong in (["--max-steps", "0"], ["--data", "no/such/file"], ["--hidden-size", "100"]):
+    for wrong in (
+        ["--max-steps", "0"],
+        ["--data", "no/such/file"],
+        ["--model", "./no/such/folder"],
+        ["--hidden-size", "100"],
+    ):
         with pytest.raises(SystemExit):
             train_orpo.parse_arguments(wrong)
         assert wrong[0] in capsys.readouterr().err
@@ -121,17 +132,21 @@ def test_script_sees_a_patch_behind_a_wrapper(train_orpo: ModuleType, monkeypatc
     assert train_orpo.foreign_methods() == {**before, "concatenated_forward": __name__}
 
 
+def train_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "train_orpo.py"), *arguments]
+    small = ["--max-steps", "2", "--batch-size", "2", "--max-length", "48", "--hidden-size", "64", "--layers", "1"]
+    return subprocess.run(
+        command + small, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+
+
 def test_script_trains_on_a_file_and_cuts_long_texts(tmp_path: Path) -> None:
     pairs = [
         {"prompt": "one two " * 300, "chosen": "three " * 300, "rejected": "four"},
         {"prompt": "un", "chosen": " deux", "rejected": " trois " * 300},
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), "utf-8")
-    command = [sys.executable, str(EXAMPLES / "train_orpo.py"), "--data", "pairs.jsonl", "--output", "out"]
-    small = ["--max-steps", "2", "--batch-size", "2", "--max-length", "48", "--hidden-size", "64", "--layers", "1"]
-    run = subprocess.run(
-        command + small, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
+    run = train_in(tmp_path, "--data", "pairs.jsonl", "--output", "out")
     assert run.returncode == 0, run.stderr
     written = json.loads((tmp_path / "out" / "history.json").read_text("utf-8"))
     assert [step["step"] for step in written["steps"]] == [1, 2]
@@ -142,6 +157,49 @@ def test_script_trains_on_a_file_and_cuts_long_texts(tmp_path: Path) -> None:
     assert written["foreign_methods"] == {}
     assert written["vocabulary"] >= 32_768
     assert written["peak_memory_bytes"] >= written["memory_before_training_bytes"] > 0
+
+
+def test_script_trains_on_conversations_from_the_model_it_saved(tmp_path: Path) -> None:
+    """TRL's own form of a preference dataset: no prompt but the messages that both sides begin with."""
+    asked = {"role": "user", "content": "What colour is the sky?"}
+    pairs = [
+        {
+            "chosen": [asked, {"role": "assistant", "content": answer}],
+            "rejected": [asked, {"role": "assistant", "content": "It is green."}],
+        }
+        for answer in ("It is blue.", "Blue, by day.")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), "utf-8")
+    first = train_in(tmp_path, "--data", "pairs.jsonl", "--output", "first")
+    assert first.returncode == 0, first.stderr
+    second = train_in(tmp_path, "--data", "pairs.jsonl", "--output", "second", "--model", "./first/model")
+    assert second.returncode == 0, second.stderr
+    assert json.loads((tmp_path / "second" / "history.json").read_text("utf-8"))["pairs"] == 2
+
+
+def test_script_names_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    run = train_in(tmp_path, "--model", "nobody/nothing")
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("train_orpo: --model: nobody/nothing is no folder with a model and its tokenizer")
+
+
+def test_pairs_become_the_strings_that_trl_makes(train_orpo: ModuleType) -> None:
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("x", "c"))
+    )
+    tokenizer = corpus.train_tokenizer(["a"])
+    (explicit, implicit, plain) = train_orpo.as_strings(
+        [
+            {"prompt": [user], "chosen": [good], "rejected": [{**good, "content": "c"}]},
+            {"chosen": [user, good], "rejected": [user, {**good, "content": "c"}]},
+            {"chosen": "a b", "rejected": "a c"},
+        ],
+        tokenizer,
+    )
+    assert explicit == implicit == {"prompt": "user: a\nassistant: ", "chosen": "b\n", "rejected": "c\n"}
+    assert plain == {"prompt": "a", "chosen": " b", "rejected": " c"}
+    assert corpus.texts([{"chosen": [user, bad], "rejected": "r"}]) == ["a", "c", "r"]
 
 
 def test_demo_arguments_reach_the_script() -> None:

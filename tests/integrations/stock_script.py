@@ -58,7 +58,7 @@ def main() -> None:
         trainer.train()
     if trainer.accelerator.is_main_process:
         with open(options.output, "w") as file:
-            json.dump(trainer.state.log_history, file)
+            json.dump([*trainer.state.log_history, {"processes": trainer.accelerator.num_processes}], file)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,263 @@
+"""The launcher as people call it: a stock script, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_kernels.startup import sitecustomize
+
+STOCK = Path(__file__).parent / "stock_script.py"
+PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
+FUSED = "orpo_kernels: fused the loss of this ORPOTrainer: plan "
+HOMES = "trl.experimental.orpo.orpo_trainer or trl.trainer.orpo_trainer"
+LAUNCH = ("-m", "orpo_kernels", "run")
+
+
+def run(*command: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def losses(path: Path) -> list[dict[str, Any]]:
+    timings = ("runtime", "per_second", "flos")
+    history = json.loads(path.read_text())
+    return [{k: v for k, v in entry.items() if not any(word in k for word in timings)} for entry in history]
+
+
+def assert_same(stock: Path, ours: Path, processes: int = 1) -> None:
+    for theirs, mine in zip(losses(stock), losses(ours), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert losses(ours)[-1] == {"processes": processes}
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "script.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stock script logs without us."""
+    folder = tmp_path_factory.mktemp("stock")
+    done = run(STOCK, "stock.json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "orpo_kernels" not in done.stderr
+    return folder / "stock.json"
+
+
+def test_a_stock_script_gives_the_same_metrics(stock: Path, tmp_path: Path) -> None:
+    done = run(*LAUNCH, "--backend=torch", "--workspace-bytes", 1_000_000, STOCK, "ours.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(PATCHED) == 1
+    assert done.stderr.count(FUSED) == 1
+    assert "patched nothing" not in done.stderr
+    assert_same(stock, tmp_path / "ours.json")
+
+
+def test_child_processes_inherit_the_patch(stock: Path, tmp_path: Path) -> None:
+    """As a command does that is a launcher itself and starts or becomes another process for the training."""
+    path = script(tmp_path, "import os, sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n")
+    done = run(*LAUNCH, path, STOCK, "ours.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(PATCHED) == 1
+    assert done.stderr.count(FUSED) == 1
+    assert_same(stock, tmp_path / "ours.json")
+
+
+@pytest.mark.parametrize("through", ["torchrun", "accelerate"])
+def test_two_processes_give_the_same_metrics(through: str, tmp_path: Path) -> None:
+    """DDP sees one module call whose output carries the loss."""
+
+    def launcher() -> list[str]:
+        if through == "torchrun":
+            return ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        # With --cpu accelerate starts one process; the script asks for the CPU itself.
+        options = [
+            "--multi_gpu",
+            "--num_processes=2",
+            "--num_machines=1",
+            "--mixed_precision=no",
+            "--dynamo_backend=no",
+        ]
+        return ["-m", "accelerate.commands.launch", *options, f"--main_process_port={port}"]
+
+    done = run(*launcher(), STOCK, "stock.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run(*launcher(), *LAUNCH, STOCK, "ours.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(PATCHED) == 1
+    assert done.stderr.count(FUSED) == 1
+    assert_same(tmp_path / "stock.json", tmp_path / "ours.json", processes=2)
+
+
+def test_arguments_exit_codes_and_folders_pass_through(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("value = 7\n")
+    path = script(
+        tmp_path,
+        "import sys, beside\nassert __name__ == '__main__' and beside.value == 7\nprint(sys.argv[1:])\nsys.exit(3)\n",
+    )
+    done = run(*LAUNCH, path, "--lr=1", "-h", "--", "-m", "x", folder=tmp_path.parent)
+    assert (done.returncode, done.stdout) == (3, "['--lr=1', '-h', '--', '-m', 'x']\n")
+    assert done.stderr == f"orpo_kernels: patched nothing in this process: {path} never imported {HOMES}\n"
+
+
+def test_modules_run_as_python_runs_them(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(
+        "import sys\nfrom package import __name__ as parent\n"
+        "print(__name__, __package__ == parent, sys.argv[0].endswith('train.py'), sys.argv[1:])\n"
+    )
+    done = run(*LAUNCH, "-m", "package.train", "--lr=1", "-m", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "__main__ True True ['--lr=1', '-m']\n")
+    for name in ("package.nothing", "nothing.train"):
+        done = run(*LAUNCH, "-m", name, folder=tmp_path)
+        assert (done.returncode, done.stderr) == (2, f"orpo_kernels: no such module: {name}\n")
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_a_traceback_is_the_scripts_own(how: str, tmp_path: Path) -> None:
+    """It begins with the script, and nothing of ours comes after it."""
+    path = script(tmp_path, "def inner():\n    raise KeyError('mine')\ninner()\n")
+    done = run(*LAUNCH, *([path] if how == "script" else ["-m", "script"]), folder=tmp_path)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["Traceback (most recent call last):", f'  File "{path}", line 3, in <module>']
+    assert lines[-1] == "KeyError: 'mine'"
+    assert "orpo_kernels" not in done.stderr
+
+
+def test_the_script_decides_when_libraries_load(tmp_path: Path) -> None:
+    """Environment variables set at the top of a script must be set before its libraries read them."""
+    path = script(tmp_path, "import sys\nassert not {'trl', 'transformers', 'triton'} & set(sys.modules)\n")
+    assert run(*LAUNCH, path, folder=tmp_path).returncode == 0
+
+
+def package(folder: Path, name: str, text: str) -> None:
+    """A module and its packages in a folder."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        folder /= parent
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").touch()
+    (folder / f"{last}.py").write_text(text)
+
+
+def test_a_trl_that_is_not_known_still_runs(tmp_path: Path) -> None:
+    package(tmp_path, "trl.experimental.orpo.orpo_trainer", "class ORPOTrainer:\n    pass\n")
+    path = script(tmp_path, "from trl.experimental.orpo.orpo_trainer import ORPOTrainer\nprint('ran')\n")
+    done = run(*LAUNCH, path, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert "patched nothing: trl.experimental.orpo.orpo_trainer.ORPOTrainer has no get_batch_loss_met" in done.stderr
+
+
+def test_an_old_home_of_the_trainer_is_known(tmp_path: Path) -> None:
+    methods = [
+        "get_batch_loss_metrics",
+        "concatenated_forward",
+        "odds_ratio_loss",
+        "get_batch_logps",
+        "concatenated_inputs",
+    ]
+    package(
+        tmp_path,
+        "trl.trainer.orpo_trainer",
+        "class ORPOTrainer:\n" + "".join(f"    def {name}(self): pass\n" for name in methods),
+    )
+    path = script(
+        tmp_path,
+        "from trl.trainer.orpo_trainer import ORPOTrainer\nprint(ORPOTrainer.concatenated_forward.__module__)\n",
+    )
+    done = run(*LAUNCH, path, folder=tmp_path)
+    assert done.stdout == "orpo_kernels.integrations.trl\n", done.stderr
+
+
+def test_what_is_built_unpatched_is_said_when_it_is_built(tmp_path: Path) -> None:
+    package(tmp_path, "transformers.trainer", "class Trainer:\n    pass\n")
+    package(tmp_path, "transformers.modeling_utils", "class PreTrainedModel:\n    pass\n")
+    path = script(
+        tmp_path,
+        "import sys\n"
+        "from transformers.modeling_utils import PreTrainedModel\nfrom transformers.trainer import Trainer\n"
+        "class Model(PreTrainedModel): pass\nclass SFTTrainer(Trainer): pass\n"
+        "def build(cls):\n    cls()\n    print(cls.__name__, file=sys.stderr)\n"
+        "for cls in (Model, Model, SFTTrainer, SFTTrainer):\n    build(cls)\n",
+    )
+    done = run(*LAUNCH, path, folder=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "orpo_kernels: patched nothing so far: a Model is built and no trl ORPOTrainer was imported",
+        "Model",
+        "Model",
+        "orpo_kernels: patched nothing of __main__.SFTTrainer: it is no trl ORPOTrainer",
+        "SFTTrainer",
+        "SFTTrainer",
+    ]
+
+
+def test_the_environments_own_sitecustomize_still_runs(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("print('mine')\n")
+    path = script(tmp_path, "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'print(1)'], check=True)\n")
+    done = run(*LAUNCH, path, folder=tmp_path, PYTHONPATH=str(own))
+    assert done.stdout.splitlines() == ["mine", "mine", "1"], done.stderr
+
+
+def test_the_hook_does_nothing_without_its_variable(tmp_path: Path) -> None:
+    count = "import sys; print(len(sys.meta_path), 'torch' in sys.modules, 'orpo_kernels' in sys.modules)"
+    plain = run("-c", count, folder=tmp_path)
+    hooked = run("-c", count, folder=tmp_path, PYTHONPATH=sitecustomize.FOLDER)
+    assert (hooked.stdout, hooked.stderr) == (plain.stdout, plain.stderr)
+    watching = run("-c", count, folder=tmp_path, PYTHONPATH=sitecustomize.FOLDER, **{sitecustomize.VARIABLE: "a.b"})
+    assert watching.stdout.split()[1:] == ["False", "False"]
+    assert int(watching.stdout.split()[0]) == int(plain.stdout.split()[0]) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nothing.py"], "orpo_kernels: no such script: nothing.py\n"),
+        ([], "error: a script is missing\n"),
+        (["-m"], "error: -m needs the name of a module\n"),
+        (
+            ["--backend=cuda", "x.py"],
+            "error: ORPO_KERNELS_BACKEND must be 'auto' or one of ['torch', 'triton'], got 'cuda'\n",
+        ),
+        (["--workspace-bytes=1GB", "x.py"], "must be a positive number of bytes, got '1GB'\n"),
+    ],
+)
+def test_commands_that_cannot_be_right(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    done = run(*LAUNCH, *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(sentence)
+
+
+def test_doctor(tmp_path: Path) -> None:
+    done = run("-m", "orpo_kernels", "doctor", folder=tmp_path)
+    assert done.returncode == 0
+    assert "backend torch: used" in done.stdout
+    assert "patch trl ORPOTrainer: yes" in done.stdout
+    console = subprocess.run(
+        [Path(sys.executable).parent / "orpo-kernels", "doctor"], capture_output=True, text=True, check=True
+    )
+    assert console.stdout == done.stdout
