@@ -213,7 +213,7 @@ def fused_orpo(
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> str:
         given = _keywords(head, batch.ignore_index, settings)
-        return str(explain(orpo_loss, hidden, labels=batch.answer, **own, **given))
+        return str(explain(hidden, labels=batch.answer, **own, **given))
 
     return _forward(patch, trainer, model, site, batch, score, lambda result: result.out.loss, plan)
 
@@ -243,7 +243,9 @@ def fused_logprobs(patch: Patch, trainer: Any, model: nn.Module, site: Site, bat
         return Logprobs(torch.where(in_answer, every, 0), nll, means, in_answer.sum(-1), in_nll.sum())
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> str:
-        return str(explain(linear_logprobs, hidden, labels=wanted, **_keywords(head, ignore, settings)))
+        return (
+            f"log-probabilities, {explain(linear_logprobs, hidden, labels=wanted, **_keywords(head, ignore, settings))}"
+        )
 
     def tracked(result: Logprobs) -> Tensor:
         return torch.cat([result.answer, result.nll])

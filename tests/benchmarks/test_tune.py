@@ -154,10 +154,15 @@ def test_steps_are_parts_of_the_call(head: str, tmp_path: Path, capsys: pytest.C
 
 def test_kernels_of_a_gpu_find_their_step() -> None:
     names = {
-        "exp_gemm_tma_kernel": "exp gemm", "exp_pass_kernel": "exp gemm", "recompute_overflowed_kernel": "sums and overflow",
-        "rescale_kernel": "sums and overflow", "reduce_tiles_kernel": "sums and overflow",
+        "exp_gemm_tma_kernel": "exp gemm",
+        "exp_pass_kernel": "exp gemm",
+        "recompute_overflowed_kernel": "sums and overflow",
+        "rescale_kernel": "sums and overflow",
+        "reduce_tiles_kernel": "sums and overflow",
         "label_kernel": "label and logps",
-        "label_entry_kernel": "label and logps", "finalize_kernel": "label and logps", "rows_kernel": "rows",
+        "label_entry_kernel": "label and logps",
+        "finalize_kernel": "label and logps",
+        "rows_kernel": "rows",
         "odds_ratio_kernel": "odds ratio", "scale_kernel": "scale",
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "products",
         "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>": "products",

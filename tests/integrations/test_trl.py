@@ -321,7 +321,7 @@ class Replaced(ORPOTrainer):  # type: ignore[misc]
 def test_a_method_replaced_on_a_trainer_is_called(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     assert_same(CONFIGS["llama"](), tmp_path, cls=Replaced)
     (line,) = said(log)
-    assert "fused the loss of this Replaced: log-probabilities on backend torch" in line
+    assert "fused the loss of this Replaced: log-probabilities, plan store on backend torch" in line
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -335,7 +335,7 @@ def test_a_method_replaced_on_the_class_is_called(
     patch_trl()
     trainer(model(CONFIGS["llama"]()), tmp_path, max_steps=1).train()
     (line,) = said(log)
-    assert "fused the loss of this ORPOTrainer: log-probabilities on backend torch" in line
+    assert "fused the loss of this ORPOTrainer: log-probabilities, plan store on backend torch" in line
 
 
 def own_logps(*args: Any, **options: Any) -> Any:
