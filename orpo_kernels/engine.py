@@ -2,8 +2,7 @@
 
 ``g = d loss / d logp`` of each target. A loss over pairs knows it as soon as a group's log-probabilities are known, so
 its gradients are formed in forward and backward multiplies them by the upstream scalar. Log-probabilities alone get
-theirs
-from autograd: what backward needs waits until then.
+theirs from autograd: what backward needs waits until then.
 """
 
 from __future__ import annotations
@@ -103,28 +102,25 @@ def backward(call: Call, part: Part, found: Found, g: Tensor, grads: Grads, *, a
 def _room(call: Call, hidden: Tensor, head: Head, several: bool) -> Grads:
     """Gradients to be written; the head's in the accumulation dtype where several groups add to them.
 
-    Those that an upstream gradient of log-probabilities is needed for are left to ``late_grads``.
+    The head's of log-probabilities are left to ``late_grads``.
     """
-    needs, late = call.needs, call.given is None
-    acc = acc_dtype(hidden.dtype) if several else None
-    return Grads(
-        _empty(hidden).zero_() if needs.hidden else None,
-        _empty(head.weight, acc) if needs.weight and not late else None,
-        _empty(head.bias, acc) if needs.bias and head.bias is not None and not late else None,
+    grads = Grads(_empty(hidden).zero_() if call.needs.hidden else None, None, None)
+    return grads if call.given is None else _with_heads(call, head, grads, acc_dtype(hidden.dtype) if several else None)
+
+
+def _with_heads(call: Call, head: Head, grads: Grads, dtype: torch.dtype | None) -> Grads:
+    needs, bias = call.needs, head.bias
+    return grads._replace(
+        weight=_empty(head.weight, dtype) if needs.weight else None,
+        bias=_empty(bias, dtype) if needs.bias and bias is not None else None,
     )
 
 
 def late_grads(call: Call, hidden: Tensor, head: Head, found: Found, grads: Grads, upstream: Tensor) -> Grads:
     """Gradients of log-probabilities for the upstream gradient ``[positions]``."""
-    targets, needs = call.targets, call.needs
-    grads = Grads(
-        grads.hidden,
-        _empty(head.weight) if needs.weight else None,
-        _empty(head.bias) if needs.bias and head.bias is not None else None,
-    )
-    part = _part(call, hidden, head, slice(None))
-    g = upstream[targets.rows].to(found.logps.dtype)
-    backward(call, part, found, g, grads, accumulate=False)
+    grads = _with_heads(call, head, grads, None)
+    g = upstream[call.targets.rows].to(found.logps.dtype)
+    backward(call, _part(call, hidden, head, slice(None)), found, g, grads, accumulate=False)
     return grads
 
 

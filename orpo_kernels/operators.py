@@ -144,42 +144,28 @@ def _room(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[b
     ]
 
 
-@torch.library.custom_op("orpo_kernels::preference_loss", mutates_args=())
-def preference_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    floats: Tensor,
-    ints: Sequence[int],
-    needs: Sequence[bool],
-) -> list[Tensor]:
+# What every operator takes: what autograd tracks, and the fields of ``Packed``.
+TAKES = "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] tensors, str text, Tensor floats, SymInt[] ints"
+
+
+@torch.library.custom_op(
+    "orpo_kernels::preference_loss", mutates_args=(), schema=f"({TAKES}, bool[] needs) -> Tensor[]"
+)
+def preference_operator(hidden: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
     """``engine.Losses``, and gradients for an upstream gradient of 1 (empty where not needed)."""
-    values = unpack(weight, bias, Packed(list(tensors), text, floats, list(ints)))
-    call, losses, grads = _run(hidden, *values, needs)
+    call, losses, grads = _run(hidden, *unpack(weight, bias, Packed(*packed[:-1])), packed[-1])
     warn_skipped(call.targets)
     return [*(value.clone() for value in losses), *_or_empty(hidden, grads)]
 
 
 @preference_operator.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    floats: Tensor,
-    ints: Sequence[int],
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    packed = Packed(list(tensors), text, floats, list(ints))
-    _, batch, settings = unpack(weight, bias, packed, build=False)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
+    _, batch, settings = unpack(weight, bias, Packed(*packed[:-1]), build=False)
     pairs = hidden.shape[0] // 2 if batch.cu_seqlens is None else (batch.cu_seqlens.shape[0] - 1) // 2
     metrics, acc = len(metric_names(settings.objective)), acc_dtype(hidden.dtype)
     shapes = ((), (4 + metrics,), (len(PAIR_ROWS) + 1 + metrics, pairs))
     losses = [hidden.new_empty(shape, dtype=acc) for shape in shapes]
-    return [*losses, *_room(hidden, weight, bias, needs, waits=True)]
+    return [*losses, *_room(hidden, weight, bias, packed[-1], waits=True)]
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -201,20 +187,15 @@ def _scale(ctx: Any, grad_outputs: list[Tensor | None]) -> tuple[Any, ...]:
 torch.library.register_autograd("orpo_kernels::preference_loss", _scale, setup_context=_keep_gradients)
 
 
-@torch.library.custom_op("orpo_kernels::linear_logprobs", mutates_args=())
-def logprobs_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    floats: Tensor,
-    ints: Sequence[int],
-    upstream: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "orpo_kernels::linear_logprobs",
+    mutates_args=(),
+    schema=f"({TAKES}, Tensor? upstream, bool[] needs) -> Tensor[]",
+)
+def logprobs_operator(hidden: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
     """Log-probabilities of the labels; with an upstream gradient of theirs, the three gradients instead."""
-    head, batch, settings = unpack(weight, bias, Packed(list(tensors), text, floats, list(ints)))
+    *fields, upstream, needs = packed
+    head, batch, settings = unpack(weight, bias, Packed(*fields))
     call, found, grads = _run(hidden, head, batch, settings, needs)
     if upstream is None:
         return [logps_of(call, found).view(batch.labels.shape)]
@@ -224,17 +205,8 @@ def logprobs_operator(
 
 
 @logprobs_operator.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    floats: Tensor,
-    ints: Sequence[int],
-    upstream: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
+    *_, upstream, needs = packed
     if upstream is None:
         return [hidden.new_empty(hidden.shape[:-1], dtype=acc_dtype(hidden.dtype))]
     return _room(hidden, weight, bias, needs, waits=False)
@@ -247,10 +219,9 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 def _logprobs_grads(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
     hidden, weight, bias, floats, *tensors = ctx.saved_tensors
-    needs = [
-        bool(ctx.needs_input_grad[place]) and like is not None for place, like in enumerate((hidden, weight, bias))
-    ]
-    found = logprobs_operator(hidden, weight, bias, tensors, ctx.text, floats, ctx.ints, grad_outputs[0], needs)
+    tracked = (hidden, weight, bias)
+    needs = [bool(needed) and like is not None for needed, like in zip(ctx.needs_input_grad, tracked, strict=False)]
+    found = logprobs_operator(*tracked, tensors, ctx.text, floats, ctx.ints, grad_outputs[0], needs)
     grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     return *grads, [None] * len(tensors), None, None, None, None, None
 
