@@ -227,15 +227,15 @@ def orpo_loss(
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
-    valid, (chosen_rewards, rejected_rewards) = _valid(known), objective.rewards(known)
+    valid, chosen, rejected = _valid(known), known.chosen_mean, known.rejected_mean
     return OrpoOutput(
         loss=losses.loss,
         nll_loss=nll,
         odds_ratio_loss=odds,
-        chosen_logps=known.chosen_mean,
-        rejected_logps=known.rejected_mean,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        chosen_rewards=objective.beta * chosen,
+        rejected_rewards=objective.beta * rejected,
         log_odds_ratio=log_sigmoid,
         log_odds_chosen=log_odds,
         chosen_logits_mean=chosen_logits,

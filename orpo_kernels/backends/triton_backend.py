@@ -277,9 +277,14 @@ class TritonBackend(Backend):
             kernels.exp_gemm.exp_pass(tile, logits, ids, head, shift, first, out, own_sums, own_logit_sums)
 
     def _head_product(
-        self, exp_logits: Tensor, part: Part, coefficients: Tensor, grads: Sequence[Tensor | None], accumulate: bool,
+        self,
+        exp_logits: Tensor,
+        part: Part,
+        coefficients: Tensor,
+        grads: Sequence[Tensor | None],
+        accumulate: bool,
         scratch: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
         (n, features), (grad_weight, grad_bias) = (part.rows.numel(), part.hidden.shape[1]), grads
         if grad_weight is not None:

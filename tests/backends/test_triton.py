@@ -19,7 +19,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.lab.compile import Recorder
 from orpo_kernels import explain, orpo_loss, targets
 from orpo_kernels.backends import Found, GivenPairs, kernels, products, select, triton_backend
 from orpo_kernels.backends.kernels.configs import Config, Tile, config
@@ -226,6 +228,38 @@ def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> 
 
 
 @pytest.mark.slow
+class CountOperations(TorchDispatchMode):
+    """Operations of torch's that would start something on a device."""
+
+    total = 0
+    QUIET = ("view", "slice", "select", "t", "unbind", "detach", "empty", "empty_like", "new_empty", "_unsafe_view")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.total += func.__name__.split(".")[0] not in self.QUIET
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_call_starts_few_operations() -> None:
+    """What the host starts between two products is time in which a GPU idles: counted, as no GPU is needed for that."""
+    hidden, weight = (
+        torch.ones(*shape, dtype=torch.bfloat16).requires_grad_() for shape in ((4, 64, 256), (1024, 256))
+    )
+    launched: list[str] = []
+    backend = Recorder(arch="sm_90")
+    with (
+        kernels.common.recording(lambda kernel, *_: launched.append(kernel.__name__)),
+        mock.patch.object(Recorder, "least_scratch", 20 << 20),
+        CountOperations() as torchs,
+    ):
+        labels = torch.ones(4, 64, dtype=torch.int64)
+        orpo_loss(hidden, weight, labels, backend=backend).loss.backward()
+    with CountOperations() as counting:  # what the recorder computes so that the host can read it
+        table = targets.count(labels.view(-1), labels.view(-1), torch.arange(5) * 64, -100)
+        targets.compact(labels.view(-1), labels.view(-1), torch.arange(5) * 64, table, 256, -100)
+    assert len(launched) == 15
+    assert torchs.total - counting.total <= 30
+
+
 def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     """The label's entry of the last row lands in its place in an E of more than 2^31 entries, in a sparse file."""
     vocab, n = 70_001, 30_720

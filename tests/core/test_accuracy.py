@@ -67,13 +67,27 @@ def test_separate_nll_labels(backend: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*an answer without a token")
 def test_any_shape_and_any_chunking(
-    pairs: int, length: int, features: int, vocab: int, keep: float, seed: int, workspace: int | None,
-    softcap: float | None, bias: bool,
-) -> None:  # fmt: skip
+    pairs: int,
+    length: int,
+    features: int,
+    vocab: int,
+    keep: float,
+    seed: int,
+    workspace: int | None,
+    softcap: float | None,
+    bias: bool,
+) -> None:
     case = make(
-        torch.float64, pairs=pairs, length=length, features=features, vocab=vocab, keep=keep, seed=seed,
-        softcap=softcap, bias=bias,
-    )  # fmt: skip
+        torch.float64,
+        pairs=pairs,
+        length=length,
+        features=features,
+        vocab=vocab,
+        keep=keep,
+        seed=seed,
+        softcap=softcap,
+        bias=bias,
+    )
     # Small tiles and chunks, so that small inputs have many of each.
     with (
         mock.patch.object(torch_tiles, "TILE_ROWS", (64, 64)),
