@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,3 +236,16 @@ def test_any_real_number_is_a_number(value: Any) -> None:
     case = make(torch.float64)
     plain = case.ours(beta=0.5, logit_scale=0.5, softcap=0.5)
     assert torch.equal(case.ours(beta=value, logit_scale=value, softcap=value).loss, plain.loss)
+
+
+def test_a_source_distribution_brings_what_its_tests_import() -> None:
+    root = Path(__file__).parents[2]
+    brought = {line.split()[1] for line in (root / "MANIFEST.in").read_text().splitlines() if line.startswith("graft")}
+    imported = {
+        name
+        for path in (root / "tests").rglob("*.py")
+        for name in re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    }
+    ours = {path.name for path in root.iterdir() if (path / "__init__.py").exists()} - {"orpo_kernels", "integrations"}
+    assert imported & ours <= brought
+    assert "tests" in brought
