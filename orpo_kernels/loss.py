@@ -36,19 +36,7 @@ class PreferenceOutput(NamedTuple):
 
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names, and the objective's own. Means are over the valid pairs."""
-        mean = _mean_over(self.valid, self.chosen_rewards.dtype)
-        return {
-            "rewards/chosen": mean(self.chosen_rewards),
-            "rewards/rejected": mean(self.rejected_rewards),
-            "rewards/accuracies": mean(self.chosen_rewards > self.rejected_rewards),
-            "rewards/margins": mean(self.chosen_rewards - self.rejected_rewards),
-            "logps/rejected": mean(self.pairs.rejected_sum),
-            "logps/chosen": mean(self.pairs.chosen_sum),
-            "logits/rejected": self.rejected_logits_mean,
-            "logits/chosen": self.chosen_logits_mean,
-            "nll_loss": self.nll_loss,
-            **self.objective_metrics,
-        }
+        return {**_metrics(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
 
 
 class OrpoOutput(NamedTuple):
@@ -70,26 +58,29 @@ class OrpoOutput(NamedTuple):
 
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names. Pairs that were skipped are left out of the means over pairs."""
-        mean = _mean_over(self.valid, self.chosen_logps.dtype)
-        return {
-            "rewards/chosen": mean(self.chosen_rewards),
-            "rewards/rejected": mean(self.rejected_rewards),
-            "rewards/accuracies": mean(self.chosen_rewards > self.rejected_rewards),
-            "rewards/margins": mean(self.chosen_rewards - self.rejected_rewards),
-            "logps/rejected": mean(self.rejected_logps),
-            "logps/chosen": mean(self.chosen_logps),
-            "logits/rejected": self.rejected_logits_mean,
-            "logits/chosen": self.chosen_logits_mean,
-            "nll_loss": self.nll_loss,
-            "log_odds_ratio": self.log_odds_ratio,
-            "log_odds_chosen": self.log_odds_chosen,
-        }
+        own = {"log_odds_ratio": self.log_odds_ratio, "log_odds_chosen": self.log_odds_chosen}
+        return {**_metrics(self, self.chosen_logps, self.rejected_logps), **own}
 
 
-def _mean_over(valid: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Means over the valid pairs; 0 where there is none."""
-    count = valid.sum().clamp(min=1)
-    return lambda per_pair: torch.where(valid, per_pair.to(dtype), 0).sum() / count
+def _metrics(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Under TRL's names, with the log-probabilities of answers ``[P]`` as they are to be logged."""
+    count = out.valid.sum().clamp(min=1)
+
+    def mean(per_pair: Tensor) -> Tensor:
+        """Over the valid pairs; 0 where there is none."""
+        return torch.where(out.valid, per_pair.to(chosen.dtype), 0).sum() / count
+
+    return {
+        "rewards/chosen": mean(out.chosen_rewards),
+        "rewards/rejected": mean(out.rejected_rewards),
+        "rewards/accuracies": mean(out.chosen_rewards > out.rejected_rewards),
+        "rewards/margins": mean(out.chosen_rewards - out.rejected_rewards),
+        "logps/rejected": mean(rejected),
+        "logps/chosen": mean(chosen),
+        "logits/rejected": out.rejected_logits_mean,
+        "logits/chosen": out.chosen_logits_mean,
+        "nll_loss": out.nll_loss,
+    }
 
 
 def preference_loss(
