@@ -33,10 +33,11 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
     named = [("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])]
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            hint = "pass its .weight" if hasattr(tensor, "weight") else "pass the tensor itself"
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}: {hint}")
         if tensor.dtype not in FLOATS:
             raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: dequantise it first"
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: dequantise or cast it first"
             )
         if tensor.is_nested:
             raise TypeError(f"{name} is a nested tensor: pass the packed form, with cu_seqlens")
@@ -71,7 +72,9 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
         )
         raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns{hint}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], one entry a row of weight, got shape {shape(bias)}")
+        raise ValueError(
+            f"bias must be [{weight.shape[0]}], one entry a row of weight, got shape {shape(bias)}: pass its own"
+        )
     for name, tensor in named[1:]:
         _same_device(name, tensor, hidden)
         if tensor.dtype != hidden.dtype:
@@ -98,7 +101,7 @@ def check_pair_numbers(name: str, values: Tensor | None, hidden: Tensor, expecte
         return
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}: call .float() on it")
     if values.shape != (expected,):
         raise ValueError(f"{name} must be [{expected}], {what}, got shape {shape(values)}")
     if values.requires_grad:
@@ -114,7 +117,7 @@ def check_labels(name: str, labels: Tensor, hidden: Tensor, *, expected: torch.S
         ValueError: the shape is not the positions' shape, or another device.
     """
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}: pass token ids as a tensor")
     if labels.dtype not in INTEGERS:
         raise TypeError(
             f"{name} must hold integers (int64), got {labels.dtype}: token ids, not one-hot or probabilities"
@@ -138,7 +141,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
         ValueError: any of the above does not hold.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in INTEGERS:
-        raise TypeError("cu_seqlens must be an integer tensor of offsets, as torch.int32 or torch.int64")
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an integer tensor of offsets, as torch.int32 or torch.int64, got {got}")
     if hidden.dim() != 2:
         raise ValueError(
             f"with cu_seqlens hidden must be packed [N, H], got shape {shape(hidden)}: drop one of the two"

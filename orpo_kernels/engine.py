@@ -74,7 +74,7 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
             found = backend.forward(part, grads, store=store)
         if given is None:
             return found, grads
-        tables.append(backend.pair_terms(found, targets.pairs(*group[:2]), given))
+        tables.append(backend.pair_terms(found, targets.pairs(*group), given))
         backward(call, part, found, tables[-1].g, grads, accumulate=group.first > 0)
         del found  # and E with it, before the next group's is allocated
     if several:
@@ -136,7 +136,7 @@ def _empty(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _losses(call: Call, head: Head, tables: list[PairTable]) -> Losses:
     values = torch.cat([table.values for table in tables], 1) if len(tables) > 1 else tables[0].values
-    means = values[len(PAIR_ROWS) - 3 :].sum(1)
+    means = values[PAIR_ROWS.index("nll") :].sum(1)
     if head.bias is not None and head.softcap is None:
         # The mean over V moved inside the product: what the bias adds to a mean logit stands apart.
         of_bias = head.logit_scale * _mean(head.bias, means.dtype)
@@ -225,14 +225,14 @@ def refuse_second_derivatives() -> None:
 
 
 def warn_skipped(targets: Targets) -> None:
-    """Say once per place that pairs with an empty answer leave the objective's term."""
+    """Say once per place that pairs with an empty answer leave the mean over pairs."""
     pairs = len(targets.sizes.pairs)
     skipped = pairs - targets.sizes.valid
     if skipped:
         warnings.warn(
-            f"{skipped} of {pairs} pairs have an answer without a token (all labels ignored) and so no odds "
-            "ratio: they leave the odds term, and their chosen tokens still count in the NLL. Truncation that keeps "
-            "the prompt and drops the answer is the usual cause: raise the maximum length or filter such pairs",
+            f"{skipped} of {pairs} pairs have an answer without a token (all labels ignored): they leave the mean over "
+            "pairs, and their chosen tokens still count in the NLL. Truncation that keeps the prompt and drops the "
+            "answer is the usual cause: raise the maximum length or filter such pairs",
             stacklevel=_level_of_caller(),
         )
 

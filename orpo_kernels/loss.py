@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels import operators
-from orpo_kernels.backends import Backend
+from orpo_kernels.backends import Backend, check_name
 from orpo_kernels.engine import Fused, Losses, warn_skipped
-from orpo_kernels.objectives import ORPO, Objective, PairLogps, metric_names
+from orpo_kernels.objectives import ORPO, Objective, PairLogps, check_objective, metric_names
 from orpo_kernels.plan import Plan
 from orpo_kernels.prepare import prepare
 from orpo_kernels.settings import Batch, Head, Settings, checked, checked_head
@@ -124,7 +124,7 @@ def preference_loss(
         reference_logps: a reference model's log-probabilities summed over the answers, ``[2P]``, chosen first; for
             objectives that need them, as ``DPO``.
         margins: a number for each pair ``[P]``, for objectives that use one.
-        bias: the head's bias ``[V]``. An entry of -inf masks its token.
+        bias: the head's bias ``[V]``. An entry of -inf masks its token, without a softcap.
         nll_weight: weight of the NLL. None takes the objective's own: 1 for ORPO, 0 where it names none.
         nll_reduction: "token", the mean over all NLL tokens, or "sequence", the mean over sequences of their means.
         logit_scale: factor on the logits, positive.
@@ -133,8 +133,7 @@ def preference_loss(
         cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
         backend: "auto", a backend's name, or a ``backends.Backend`` of your own.
         workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to
-        the
-            copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB, and
+            the copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB, and
             the place of one float32 copy of the weight. Results do not depend on it beyond rounding.
 
     Returns:
@@ -149,6 +148,7 @@ def preference_loss(
     On a GPU a call copies a few integers to the host once, to compact the labels. Three products of the head's size,
     two with the head frozen, one without gradients, four where the workspace is small.
     """
+    check_objective(objective)
     head = Head(weight, bias, logit_scale, softcap)
     batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
@@ -195,9 +195,8 @@ def orpo_loss(
         loss   = nll_weight * NLL + beta * mean_p softplus(-log_odds_p)
 
     ``preference_loss`` with the objective ``ORPO(beta)``, and fields under ORPO's names. A pair with an answer without
-    a
-    token has no odds ratio: it leaves the odds term, and ``skipped_pairs`` counts it. Finite inputs give finite
-    results: l_l is held at or below -1e-6, where its true gradient diverges.
+    a token has no odds ratio: it leaves the odds term, and ``skipped_pairs`` counts it. Finite inputs give finite
+    results, where float16 can hold their gradients: l_l is held at or below -1e-6, where its true gradient diverges.
 
     Args:
         beta: weight of the odds term (lambda in the paper).
@@ -287,6 +286,8 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
     named = bound.arguments
     if function is orpo_loss:
         named["objective"] = ORPO(named["beta"])
+    elif function is preference_loss:
+        check_objective(named["objective"])
 
     def values(kind: Any) -> Any:
         """``Head``, ``Batch`` or ``Settings``: their fields are the keywords."""
@@ -361,6 +362,7 @@ class OrpoLoss(nn.Module):
         kept = self._settings()
         checked(Settings(ORPO(kept["beta"]), *(kept[name] for name in Settings._fields[1:])))
         checked_head(Head(torch.empty(0), None, kept["logit_scale"], kept["softcap"]))
+        check_name(kept["backend"])
 
     def forward(
         self,

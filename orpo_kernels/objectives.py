@@ -8,7 +8,7 @@ memory asks for it, so the loss of a pair must not depend on other pairs, unless
 Optional attributes of an objective:
 
     nll_weight       weight of the NLL where the caller names none; 0 without the attribute
-    couples_pairs    True: a pair's loss depends on others, so all pairs are computed at once
+    couples_pairs    True: a pair's loss depends on others, so all pairs are computed at once, those that count alone
     metric_names     names of the ``metrics`` of its terms; the output holds their means over the pairs that count
     rewards(pairs)   chosen and rejected rewards ``[P]``; without it the sums, less the reference's where there is one
 """
@@ -182,6 +182,8 @@ class DPO:
         """
         chosen, rejected = self.rewards(pairs)
         margin, smoothing = chosen - rejected, self.label_smoothing
+        if smoothing == 0:  # an infinite margin has no second term
+            return -F.logsigmoid(margin)
         return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -202,57 +204,97 @@ def metric_names(objective: Any) -> tuple[str, ...]:
     return names
 
 
-def terms_of(objective: Objective, pairs: PairLogps, valid: Tensor, *, differentiate: bool) -> PairTerms:
-    """``objective(pairs)`` with derivatives, 0 for pairs that are not ``valid [P]``, checked for its form.
+def check_objective(objective: Any) -> None:
+    """A callable whose optional attributes are what they should be.
+
+    Raises:
+        TypeError, ValueError: it is not; the message names what.
+    """
+    if isinstance(objective, type) or not callable(objective):
+        got = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(
+            f"objective must be callable on PairLogps, as orpo_kernels.objectives.ORPO(beta=0.1) is, got {got}: pass "
+            "an instance or a function"
+        )
+    names = metric_names(objective)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"objective.metric_names must be a tuple of names, got {names!r}")
+    number("objective.nll_weight", getattr(objective, "nll_weight", 0.0))
+
+
+def terms_of(objective: Objective, pairs: PairLogps, valid: Tensor, count: int, *, differentiate: bool) -> PairTerms:
+    """``objective(pairs)`` with derivatives, 0 for the pairs that are not ``valid [P]``, and checked for its form.
+
+    What the objective sees is its own to change. One that couples pairs sees the ``count`` valid ones alone: what the
+    others hold would reach the loss through them, and no gradient back.
 
     Raises:
         TypeError: the objective returned neither losses nor terms.
-        ValueError: the losses are not ``[P]``, do not depend on the log-probabilities, or metrics have no names.
+        ValueError: losses, derivatives or metrics are not ``[P]``; metrics have no names; the losses do not depend on
+            the log-probabilities, or depend on a tensor whose gradient would be lost.
     """
-    sums = pairs[:2]
+    if getattr(objective, "couples_pairs", False) and count < valid.numel():
+        of = torch.nonzero_static(valid, size=count).view(-1)
+        some = PairLogps(*(None if value is None else value[of] for value in pairs))  # type: ignore[arg-type]
+        found = terms_of(objective, some, valid[of], count, differentiate=differentiate)
+        everywhere = [torch.zeros_like(pairs.chosen_sum).index_copy_(0, of, v) for v in (*found[:3], *found.metrics)]
+        return PairTerms(everywhere[0], everywhere[1], everywhere[2], tuple(everywhere[3:]))
     with torch.set_grad_enabled(differentiate):
-        if differentiate:
-            sums = (sums[0].detach().requires_grad_(), sums[1].detach().requires_grad_())
-        found = objective(pairs._replace(chosen_sum=sums[0], rejected_sum=sums[1]))
-        total = _total(found, valid)
-    loss = found.loss if isinstance(found, PairTerms) else found
-    if isinstance(found, PairTerms):
-        d_sums: tuple[Tensor, ...] = (found.d_chosen_sum, found.d_rejected_sum)
-    elif not differentiate:
-        d_sums = (torch.zeros_like(loss), torch.zeros_like(loss))
-    elif not total.requires_grad:
-        raise ValueError(
-            "the objective's losses do not depend on chosen_sum, rejected_sum or their means in a way that autograd "
-            "follows: keep to torch operations, without detach"
-        )
-    else:
-        found_grads = torch.autograd.grad(total, sums, allow_unused=True)
-        d_sums = tuple(torch.zeros_like(loss) if grad is None else grad for grad in found_grads)
-    metrics = found.metrics if isinstance(found, PairTerms) else ()
-    if len(metrics) != len(metric_names(objective)):
-        raise ValueError(
-            f"objective names {len(metric_names(objective))} metrics in metric_names but returned {len(metrics)}"
-        )
+        sums = [value.detach().requires_grad_(differentiate) for value in pairs[:2]]
+        seen = PairLogps(*(None if v is None else v.clone() for v in (*sums, *pairs[2:])))  # type: ignore[arg-type]
+        found = _as_terms(objective(seen), valid, sums, differentiate)
+    names = metric_names(objective)
+    if len(found.metrics) != len(names):
+        raise ValueError(f"objective names {len(names)} metrics in metric_names but returned {len(found.metrics)}")
+    for name, value in zip((*PairTerms._fields[:3], *names), (*found[:3], *found.metrics), strict=True):
+        if not isinstance(value, Tensor) or value.shape != valid.shape or not value.is_floating_point():
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"objective must return one floating-point number for each of the {valid.numel()} pairs, but its "
+                f"{name} is {got}: do not take a mean over pairs"
+            )
 
     def kept(value: Tensor) -> Tensor:
         """A pair without an answer has no term, whatever the objective makes of it."""
         return torch.where(valid, value.detach(), 0).to(pairs.chosen_sum.dtype)
 
-    return PairTerms(kept(loss), kept(d_sums[0]), kept(d_sums[1]), tuple(kept(value) for value in metrics))
+    metrics = tuple(kept(value) for value in found.metrics)
+    return PairTerms(kept(found.loss), kept(found.d_chosen_sum), kept(found.d_rejected_sum), metrics)
 
 
-def _total(found: Any, valid: Tensor) -> Tensor:
-    """The sum of the losses that count.
-
-    Raises:
-        TypeError, ValueError: as ``terms_of``.
-    """
-    loss = found.loss if isinstance(found, PairTerms) else found
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"objective must return a tensor of losses or PairTerms, got {type(loss).__name__}")
-    if loss.shape != valid.shape:
+def _as_terms(found: Any, valid: Tensor, sums: list[Tensor], differentiate: bool) -> PairTerms:
+    """What an objective returned, as terms; derivatives that it did not give come from autograd."""
+    if isinstance(found, PairTerms):
+        return found
+    if not isinstance(found, Tensor):
+        raise TypeError(f"objective must return a tensor of losses or PairTerms, got {type(found).__name__}")
+    if not differentiate or found.shape != valid.shape or not found.is_floating_point():
+        return PairTerms(found, torch.zeros_like(valid, dtype=sums[0].dtype), torch.zeros_like(sums[0]))
+    total = torch.where(valid, found, 0).sum()
+    reached = _leaves(total)
+    if not any(leaf is value for leaf in reached for value in sums):
         raise ValueError(
-            f"objective must return one loss for each of the {valid.numel()} pairs, got shape {list(loss.shape)}: "
-            "do not take their mean"
+            "the objective's losses do not depend on chosen_sum, rejected_sum or their means in a way that autograd "
+            "follows: keep to torch operations, without detach"
         )
-    return torch.where(valid, loss, 0).sum()
+    if not all(any(leaf is value for value in sums) for leaf in reached):
+        raise ValueError(
+            "the objective's losses depend on a tensor that asks for a gradient of its own, which it would not get: "
+            "pass a number, or form such a loss from linear_logprobs"
+        )
+    grads = torch.autograd.grad(total, sums, allow_unused=True)
+    d_chosen, d_rejected = (torch.zeros_like(found) if grad is None else grad for grad in grads)
+    return PairTerms(found, d_chosen, d_rejected)
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that autograd would accumulate a gradient in."""
+    ahead, seen, found = [value.grad_fn], set(), []
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+    return found

@@ -1,8 +1,8 @@
 """The losses under ``torch.compile(fullgraph=True)``: two operators that the compiler sees whole.
 
 Compacting the labels copies a few integers to the host, which no graph can hold, so a compiled call is one opaque
-operator that runs the eager code. Both have the form (tensors, settings), whatever the settings are: numbers travel as
-lists, so that another beta is no other graph, and everything else as text. What differs from eager: gradients are
+operator that runs the eager code. Both have the form (tensors, settings), whatever the settings are: numbers travel in
+a tensor, so that another beta is no other graph, and everything else as text. What differs from eager: gradients are
 scaled out of place, and ``linear_logprobs`` computes again in backward what eager keeps (its size depends on the
 labels), one product more.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,9 @@ def pack(head: Head, batch: Batch, settings: Settings) -> Packed:
     words, tensors, ints = [], [], []
     one = torch.ones((), dtype=torch.float64)
     floats = [torch.zeros((), dtype=torch.float64)]
-    for value in (*head[2:], *batch, *_parts(settings.objective), *settings[1:]):
+    whole = Settings._fields.index("ignore_index") - len(Settings._fields)  # from here on an int is one
+    values = [*head[2:], *batch, *_parts(settings.objective), *settings[1:]]
+    for place, value in enumerate(values, -len(values)):
         if value is None:
             words.append("none")
         elif isinstance(value, Tensor):
@@ -50,7 +53,7 @@ def pack(head: Head, batch: Batch, settings: Settings) -> Packed:
             words.append("tensor")
         elif isinstance(value, bool):
             words.append("true" if value else "false")
-        elif isinstance(value, float):
+        elif isinstance(value, float) or (isinstance(value, int) and place < whole):
             floats.append(one * value)
             words.append("float")
         elif isinstance(value, int):
@@ -96,7 +99,7 @@ def _parts(objective: Any) -> list[Any]:
     if hasattr(objective, "__dataclass_fields__"):
         kind = type(objective)
         return [f"{kind.__module__}:{kind.__qualname__}:", *(getattr(objective, n) for n in kind.__match_args__)]
-    return [f"{objective.__module__}:{objective.__name__}"]
+    return [f"{objective.__module__}:{objective.__code__.co_qualname}"]
 
 
 def _exported(name: str) -> Any:
@@ -109,6 +112,12 @@ def _exported(name: str) -> Any:
                 f"but {module} has no {path}: define it at the top of the module, or call the loss outside"
             )
         found = getattr(found, step)
+    frozen = getattr(getattr(found, "__dataclass_params__", None), "frozen", True)
+    if not frozen or (is_dataclass(found) and any(field.kw_only or not field.init for field in fields(found))):
+        raise ValueError(
+            f"inside torch.compile {path} must be a frozen dataclass, without fields that are keywords alone, so that "
+            "it is what its fields say: make it one, or call the loss outside"
+        )
     return found
 
 

@@ -91,11 +91,12 @@ def choose(
     everything = Group(0, len(sizes.pairs), 0, sizes.count)
     # A returned gradient in the accumulation dtype serves as its own accumulator.
     accumulator = 0 if grad_dtype(dtype) == acc_dtype(dtype) else 4 * vocab * features
-    limit = DEFAULT_WORKSPACE + accumulator if workspace_bytes is None else workspace_bytes
+    streaming = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes  # of a pass that stores no E
+    limit = streaming + accumulator if workspace_bytes is None else workspace_bytes
 
     def plan(name: str, passes: int, reason: str, groups: tuple[Group, ...] = (everything,)) -> Plan:
         store, sums = name == "store", accumulator if len(groups) > 1 else 0
-        budget = limit - sums if store else DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
+        budget = limit - sums if store else streaming
         largest = max(group.last - group.first for group in groups)
         cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
         return Plan(

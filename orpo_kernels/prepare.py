@@ -10,6 +10,7 @@ from torch import Tensor
 from orpo_kernels import checks
 from orpo_kernels.backends import Backend, GivenPairs, acc_dtype, select
 from orpo_kernels.engine import Call
+from orpo_kernels.objectives import check_objective
 from orpo_kernels.plan import Plan, choose
 from orpo_kernels.settings import Batch, Head, Needs, Settings, checked
 from orpo_kernels.targets import Sizes, Targets, label_sizes, label_targets, pair_sizes
@@ -52,6 +53,7 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         plan = _plan(hidden, head, settings, needs, sizes, backend, splits=False)
         return Prepared(plan, needs, backend, None, lambda: label_targets(labels, sizes, ignore))
 
+    check_objective(objective)
     if batch.cu_seqlens is None:
         offsets = checks.padded_offsets(hidden)
     else:

@@ -111,7 +111,10 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
         )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
     if not math.isfinite(found) or found < 0 or (positive and found == 0):
         raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {found}")
     return found
@@ -138,11 +141,6 @@ def checked(settings: Settings) -> Settings:
     Raises:
         TypeError, ValueError: a setting that cannot be right; the message names it.
     """
-    if settings.objective is not None and not callable(settings.objective):
-        raise TypeError(
-            "objective must be callable on PairLogps, as orpo_kernels.objectives.ORPO(beta=0.1) is, got "
-            f"{type(settings.objective).__name__}"
-        )
     if settings.nll_weight is not None:
         settings = settings._replace(nll_weight=number("nll_weight", settings.nll_weight))
     if settings.nll_reduction not in ("token", "sequence"):

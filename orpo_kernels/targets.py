@@ -67,15 +67,13 @@ class Targets:
     offsets: Tensor | None = None
     counts: Tensor | None = None  # [2P, 8], a row of Counts for each sequence, chosen first
 
-    def pairs(self, first: int, last: int) -> Pairs:
-        """Pairs ``first`` to ``last`` and how their targets belong to them."""
+    def pairs(self, first: int, last: int, begin: int, end: int) -> Pairs:
+        """Pairs ``first`` to ``last``, whose targets are ``begin`` to ``end``, and how these belong to them."""
         assert self.kind is not None  # asked of targets that form pairs
         assert self.offsets is not None
         assert self.counts is not None
-        begin, end = (sum(self.sizes.pairs[:pair]) for pair in (first, last))
-        return Pairs(
-            self.kind[begin:end], self.offsets[2 * first : 2 * last + 1], self.counts, self.sizes, first, last, begin
-        )
+        offsets = self.offsets[2 * first : 2 * last + 1]
+        return Pairs(self.kind[begin:end], offsets, self.counts, self.sizes, first, last, begin)
 
 
 class Pairs(NamedTuple):
@@ -97,8 +95,9 @@ class Pairs(NamedTuple):
         """Sums over the targets of a kind (0: over all), ``[G, 2]``. A value that does not count may be infinite."""
         if bit:
             values = torch.where(self.kind & bit != 0, values, 0)
-        found: Tensor = torch.segment_reduce(values, "sum", offsets=self.offsets - self.begin, initial=0)
-        return found.view(-1, 2)
+        # In float64, as segment_reduce adds one after the other.
+        found: Tensor = torch.segment_reduce(values.double(), "sum", offsets=self.offsets - self.begin, initial=0)
+        return found.to(values.dtype).view(-1, 2)
 
     def nll_share(self, by_sequence: bool, dtype: torch.dtype) -> Tensor:
         """Weight ``[G, 2]`` of one NLL token in the NLL."""

@@ -5,7 +5,9 @@ A backend says in one place why it cannot take a call; ``select`` takes the firs
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,16 @@ from orpo_kernels import targets
 from orpo_kernels.objectives import Objective, PairLogps, PairTerms, terms_of
 from orpo_kernels.settings import Head
 from orpo_kernels.targets import ANSWER, NLL, Columns, Pairs
+
+# Rows whose S passes this, or is no number, take their largest logit as shift instead of the label's: they overflowed.
+# exp(60) times any vocabulary and any weight still fits a float32, which exp(80) would not.
+OVERFLOW_ABOVE = math.exp(60.0)
+
+
+def slices(size: int, step: int) -> Iterator[slice]:
+    """Slices of ``step``, the last as long as what is left."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -148,7 +160,7 @@ class Backend(ABC):
             *lengths.unbind(1),
             *(None if value is None else value[chunk] for value in given.tensors),
         )
-        terms = terms_of(given.objective, known, valid, differentiate=given.differentiate)
+        terms = terms_of(given.objective, known, valid, pairs.sizes.valid, differentiate=given.differentiate)
         share = valid.to(acc) / max(pairs.sizes.valid, 1)
         nll_share = pairs.nll_share(given.by_sequence, acc)
         nll = -(pairs.sums(found.logps, NLL) * nll_share).sum(1)
@@ -211,18 +223,26 @@ def by_preference(device: torch.device) -> list[Backend]:
     return sorted(available(), key=lambda backend: backend.tuned_for != device.type)
 
 
+def check_name(name: str | Backend) -> None:
+    """A backend, the name of one, or "auto".
+
+    Raises:
+        ValueError: anything else.
+    """
+    names = sorted(backend.name for backend in available())
+    if not isinstance(name, Backend) and name not in ("auto", *names):
+        raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}: or pass a Backend of your own")
+
+
 def select(name: str | Backend, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend called ``name`` or that it is, or for "auto" the first by preference that takes such inputs.
 
     Raises:
         ValueError: no such backend, or it refuses these inputs, with its reason.
     """
-    backends = [name] if isinstance(name, Backend) else by_preference(device)
-    names = sorted(backend.name for backend in backends)
-    if isinstance(name, str) and name != "auto" and name not in names:
-        raise ValueError(f"backend must be 'auto' or one of {names}, got {name!r}")
+    check_name(name)
     refusals: list[str] = []
-    for backend in backends:
+    for backend in [name] if isinstance(name, Backend) else by_preference(device):
         if name in ("auto", backend.name, backend):
             refusal = backend.refuses(device, dtype)
             if refusal is None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from orpo_kernels.backends import slices
+
 LIBRARY_TILE = 32 << 20  # bytes of a float32 tile between two steps, to stay in L2
-
-
-def slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 def times_head(out: Tensor, exp_logits: Tensor, weight: Tensor, *, accumulate: bool) -> None:

@@ -29,27 +29,25 @@ bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.backends import Backend, Cost, Found, Grads, Part, acc_dtype, finalize
-from orpo_kernels.backends.torch_tiles import Tiles, add_hidden_product, multiply, row_max, slices, sum_rows, tile_rows
+from orpo_kernels.backends import OVERFLOW_ABOVE, Backend, Cost, Found, Grads, Part, acc_dtype, finalize, slices
+from orpo_kernels.backends.torch_tiles import Tiles, add_hidden_product, multiply, row_max, sum_rows, tile_rows
 from orpo_kernels.settings import Head
 
 # Where E is stored, hidden's product takes a run of the head of this many bytes at once, which is also the size of its
 # transposed copy: the float32 sum is added to less often. Measured at n = 2697, H = 896: 1.64 s in all with runs of
 # 4,096 rows, 1.61 with 8,192, 1.55 with 32,768, which is this size.
 PRODUCT_BYTES = 56 << 20
-# Rows whose S passes this take their largest logit as shift instead of the label's. exp(60) times any vocabulary and
-# any weight still fits a float32, which exp(80) would not.
-OVERFLOW_ABOVE = math.exp(60.0)
-OVERFLOW_ROWS = 256
-# So do rows whose label is this many nats from its rounded shift, which only logits above some 10^4 are: their entries
-# may all have underflowed.
+# Overflowed rows are done again in runs of at most and at least this many, between them as many as scratch has room
+# for.
+OVERFLOW_ROWS = (256, 8)
+# Rows whose label is this many nats from its rounded shift, which only logits above some 10^4 are, count as overflowed:
+# their entries may all have underflowed.
 LARGEST_DISTANCE = 20.0
 # Most and fewest targets of one pass that stores no E. Each pass reads the whole head, so not too few; copies of rows
 # grow with them, so not too many, and few where scratch is short.
@@ -88,7 +86,8 @@ class TorchBackend(Backend):
 
     def cost(self, n: int, vocab: int, features: int, dtype: torch.dtype, budget: int, *, store: bool) -> Cost:
         if store:
-            return Cost(n * vocab * _compute_dtype(dtype).itemsize, n * _row_bytes(features, dtype), budget)
+            stored, rows = n * vocab * _compute_dtype(dtype).itemsize, n * _row_bytes(features, dtype)
+            return Cost(stored, rows, max(budget - stored - rows, 0))
         return Cost(0, min(n, _chunk_rows(features, dtype, budget)) * _row_bytes(features, dtype), budget)
 
     def mean_weight(self, weight: Tensor) -> Tensor:
@@ -153,7 +152,8 @@ class TorchBackend(Backend):
 
         # One host sync on a GPU, free on a CPU; almost always there is no such row.
         overflowed = ~((sum_exp < OVERFLOW_ABOVE) & ((label - shift).abs() <= LARGEST_DISTANCE))
-        for again in _indices(overflowed):
+        most = part.scratch // (vocab * shift.element_size()) if store else OVERFLOW_ROWS[0]
+        for again in _indices(overflowed, most):
             some = hidden[again].to(acc)
             shift[again] = row_max(some, head)
             columns = some.new_empty((vocab + 1, again.numel())) if exp_logits is not None else None
@@ -163,6 +163,7 @@ class TorchBackend(Backend):
                 product_t[:, again] = redone[1]
             if exp_logits is not None and columns is not None:
                 exp_logits[:, again] = columns.to(compute)
+            del columns  # before the next run's is allocated
 
         logps, inv_denom, entry = finalize(label, shift, sum_exp, head.slope(label))
         if exp_logits is not None:
@@ -256,10 +257,10 @@ def _chunk_rows(features: int, dtype: torch.dtype, budget: int) -> int:
     return min(max(budget // _row_bytes(features, dtype), CHUNK_ROWS[0]), CHUNK_ROWS[1])
 
 
-def _indices(mask: Tensor) -> tuple[Tensor, ...]:
-    """Where a mask of rows holds, in runs of OVERFLOW_ROWS; none where it holds nowhere."""
+def _indices(mask: Tensor, most: int = OVERFLOW_ROWS[0]) -> tuple[Tensor, ...]:
+    """Where a mask of rows holds, in runs of ``most`` within OVERFLOW_ROWS; none where it holds nowhere."""
     found = torch.nonzero(mask).view(-1)
-    return found.split(OVERFLOW_ROWS) if found.numel() else ()
+    return found.split(max(min(most, OVERFLOW_ROWS[0]), OVERFLOW_ROWS[1])) if found.numel() else ()
 
 
 def _take_exp_logits(vocab: int, n: int, like: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo_kernels.backends import slices
 from orpo_kernels.settings import Head
 
 # A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
@@ -22,11 +21,6 @@ PARTIAL_SUMS = 64
 # 367 and 492. A float32 product takes a transposed operand as it is.
 COPY_TRANSPOSED_FROM = 1024
 TRANSPOSE_BLOCK = 128
-
-
-def slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 def tile_rows(columns: int, itemsize: int) -> int:

@@ -4,23 +4,22 @@ their tiles stand in ``kernels``.
 Layout: E is stored row by row, ``[n, V]`` with its rows padded to 128 bytes, in bfloat16 for bfloat16 inputs and in
 float32 otherwise (float16 could not hold E under the label's shift). Per slice of the vocabulary:
 
-    exp_gemm               E = exp(z - shift) without the label's column, sums per tile              1 mm
+    exp_gemm               E = exp(z - shift) without the label's column, sums per tile            1 pass
     reduce_tiles           S += the tiles' sums, in order; rows whose S is past e^60 are marked overflowed
     recompute_overflowed   those rows again with their largest logit as shift, and
     rescale                what earlier slices left of them (three launches that return at once when there are none)
     product                grad_logp_hidden += E @ weight_slice, float32, where hidden's gradient is wanted and E is not
-                           kept
+                           stored
 
-and after the last slice ``finalize`` turns S into log-probabilities. Kept E serves both products at once; the head's
+and after the last slice ``finalize`` turns S into log-probabilities. A stored E serves both products at once; the head's
 gradient without it computes E again, slice by slice, with the shift known and the label's ``-S`` in place.
 
-Nothing here waits for the device. Scratch beyond a kept E and the returned gradients stays near ``room`` bytes: hidden
+Nothing here waits for the device. Scratch beyond a stored E and the returned gradients stays near ``Part.scratch``: hidden
 rows are gathered chunk by chunk, and the rows that multiply E for the head's gradient column by column if need be.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.backends import (
+    OVERFLOW_ABOVE,
     PAIR_ROWS,
     Backend,
     Cost,
@@ -40,15 +40,14 @@ from orpo_kernels.backends import (
     Part,
     grad_dtype,
     kernels,
+    slices,
 )
 from orpo_kernels.backends.kernels.configs import Config, Tile, arch_of, config
-from orpo_kernels.backends.products import LIBRARY_TILE, product, slices, times_head
+from orpo_kernels.backends.products import LIBRARY_TILE, product, times_head
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.settings import Head
 from orpo_kernels.targets import Columns, Pairs
 
-# Rows whose S passes this take their largest logit as shift: e^60 times any vocabulary and weight still fits float32.
-OVERFLOW_ABOVE = math.exp(60.0)
 CHUNK_ROWS = 1024  # fewest rows of a chunk: one wave of 128 x 256 tiles over 4,096 features on a chip with 132 cores
 STREAM_ROWS = 8192  # most rows of one slice of E: enough for full waves of both products
 SLICE_TOKENS = 256  # the width of a slice is a multiple of this, and so of every tile
@@ -129,7 +128,7 @@ class TritonBackend(Backend):
 
     def forward(self, part: Part, into: Grads, *, store: bool) -> Found:
         (n, features), vocab, hidden = (part.ids.numel(), part.hidden.shape[1]), part.head.vocab, part.hidden
-        part = part._replace(head=_row_major(part.head))
+        part = part._replace(head=_addressable(part.head))
         logps, shift, inv_denom, label_entry = torch.empty((4, n), dtype=torch.float32, device=hidden.device)
         means = torch.zeros_like(logps) if part.logit_means else None
         wanted = into.hidden is not None and not store
@@ -170,7 +169,7 @@ class TritonBackend(Backend):
 
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
         state, hidden = found.state, part.hidden
-        part = part._replace(head=_row_major(part.head))
+        part = part._replace(head=_addressable(part.head))
         with _on(hidden):
             if into.hidden is not None:
                 self._grad_hidden(part, state, g, into.hidden)
@@ -351,11 +350,10 @@ def _new_exp_logits(n: int, vocab: int, like: Tensor) -> Tensor:
     return torch.empty((n, stride), dtype=dtype, device=like.device)[:, :vocab]
 
 
-def _row_major(head: Head) -> Head:
-    """The head with features next to each other; a weight that is a transposed view is copied."""
-    if head.weight.stride(1) == 1:
-        return head
-    return head._replace(weight=head.weight.contiguous())
+def _addressable(head: Head) -> Head:
+    """The head as kernels read it, features and biases next to each other; views that are not so are copied."""
+    weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+    return head._replace(weight=weight, bias=None if head.bias is None else head.bias.contiguous())
 
 
 def _chunk_rows(features: int, room: int) -> int:

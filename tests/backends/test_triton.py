@@ -112,6 +112,12 @@ def test_overflowed_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | N
         check(case, workspace_bytes=workspace)
 
 
+def test_biases_that_are_views() -> None:
+    case = make(torch.float32, features=32, vocab=100)
+    for bias in (torch.randn(100, 2, device=DEVICE)[:, 0], torch.tensor([0.5], device=DEVICE).expand(100)):
+        check(Case(case.hidden, case.weight, case.labels, bias.requires_grad_(), backend="triton"))
+
+
 def test_views_and_transposed_weights() -> None:
     case = make(torch.float32, features=32, vocab=100)
     wide = torch.randn(100, 80, device=DEVICE)
@@ -155,7 +161,7 @@ def _pairs(lengths: list[int], generator: torch.Generator) -> Pairs:
         shared_rows=False,
         positions=n,
     )
-    return Targets(offsets, offsets, sizes, kind.to(DEVICE), offsets.to(DEVICE), counts.to(DEVICE)).pairs(0, half)
+    return Targets(offsets, offsets, sizes, kind.to(DEVICE), offsets.to(DEVICE), counts.to(DEVICE)).pairs(0, half, 0, n)
 
 
 @settings(max_examples=40, deadline=None)
@@ -179,7 +185,7 @@ def test_odds_ratio_kernel(lengths: list[int], level: float, by_sequence: bool, 
     every = _pairs(lengths, generator)
     whole = Targets(every.offsets, every.offsets, every.sizes, every.kind, every.offsets, every.counts)
     for first in (0, len(lengths) // 4):
-        pairs = whole.pairs(first, len(lengths) // 2)
+        pairs = whole.pairs(first, len(lengths) // 2, sum(lengths[: 2 * first]), n)
         given = GivenPairs(ORPO(0.7), 0.5, by_sequence, True)
         part = slice(pairs.begin, n)
         truth = TorchBackend().pair_terms(Found(logps[part].double(), means[part].double(), None), pairs, given)
@@ -385,7 +391,7 @@ def test_products_into_float32(dtype: torch.dtype, accumulate: bool, wide: bool)
 
 def test_heads_keep_their_settings_when_copied() -> None:
     weight = torch.randn(8, 100, device=DEVICE).T
-    head = triton_backend._row_major(Head(weight, None, 0.5, 3.0))
+    head = triton_backend._addressable(Head(weight, None, 0.5, 3.0))
     assert head.weight.stride(1) == 1
     assert torch.equal(head.weight, weight)
     assert (head.logit_scale, head.softcap) == (0.5, 3.0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from orpo_kernels import OrpoOutput, linear_logprobs, orpo_loss, preference_loss
+from orpo_kernels import OrpoLoss, OrpoOutput, linear_logprobs, orpo_loss, preference_loss
 from orpo_kernels.objectives import DPO, ORPO, PairLogps, SimPO
 from orpo_kernels.operators import pack, unpack
 from orpo_kernels.settings import Batch, Head, Settings
@@ -151,3 +152,70 @@ def test_new_values_compile_nothing_new() -> None:
     for step in range(6):
         call(0.3 + 0.1 * step, 7 + step, 2 + step)
     assert len(graphs) == known
+
+
+def named(scale: float) -> Any:
+    def largest_margin(pairs: PairLogps) -> torch.Tensor:
+        return scale * pairs.chosen_mean
+
+    return largest_margin
+
+
+class Holder:
+    @staticmethod
+    def largest_margin(pairs: PairLogps) -> torch.Tensor:
+        return -7 * pairs.chosen_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keywords:
+    scale: float = 1.0
+
+    def __call__(self, pairs: PairLogps) -> torch.Tensor:
+        return -self.scale * pairs.chosen_mean
+
+
+@dataclass
+class Thawed:
+    scale: float = 1.0
+
+    def __call__(self, pairs: PairLogps) -> torch.Tensor:
+        return -self.scale * pairs.chosen_mean
+
+
+def test_another_objective_of_the_same_name_is_never_computed() -> None:
+    """An objective travels by name: what the name does not pin down is refused, and a method is found where it is."""
+    case = make(torch.float64)
+
+    def step(hidden: torch.Tensor, objective: Any) -> torch.Tensor:
+        return preference_loss(hidden, case.weight, case.labels, objective).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=COMPILER)
+    torch.testing.assert_close(compiled(case.hidden, Holder.largest_margin), step(case.hidden, Holder.largest_margin))
+    for objective, said in (
+        (named(9.0), "define it at the top"),
+        (Keywords(scale=5.0), "keywords alone"),
+        (Thawed(), "frozen"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=said):
+            torch.compile(step, fullgraph=True, backend=COMPILER)(case.hidden, objective)
+
+
+def test_an_integer_is_the_number_it_is() -> None:
+    graphs = []
+    compiled = torch.compile(orpo_loss, fullgraph=True, backend=lambda module, _: graphs.append(module) or module)
+    case = make(torch.float32)
+    inputs = (case.hidden.detach(), case.weight.detach(), case.labels)
+    for beta in (1, 2, 0.5, 3, 0.25):
+        torch.testing.assert_close(compiled(*inputs, beta=beta).loss, orpo_loss(*inputs, beta=beta).loss)
+
+
+def test_a_module_follows_its_attributes() -> None:
+    case = make(torch.float32)
+    module = OrpoLoss(beta=0.3)
+    compiled = torch.compile(module, fullgraph=True, backend=COMPILER)
+    for beta in (0.3, 0.7):
+        module.beta = beta
+        found = compiled(case.hidden, case.weight, case.labels)
+        torch.testing.assert_close(found.loss, orpo_loss(case.hidden, case.weight, case.labels, beta=beta).loss)

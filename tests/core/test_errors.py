@@ -56,6 +56,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown reduction": ({"nll_reduction": "sum"}, ValueError, "'token' or 'sequence', got 'sum'"),
     "unknown backend": ({"backend": "cuda"}, ValueError, r"must be 'auto' or one of \['torch', 'triton'\], got 'cuda'"),
     "no workspace": ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be a positive number of bytes"),
+    "no backend": ({"backend": None}, ValueError, r"must be 'auto' or one of.*got None: or pass a Backend of your own"),
+    "endless beta": ({"beta": 10**400}, ValueError, "beta must be finite and not negative, got inf"),
+    "a module for its weight": ({"weight": torch.nn.Linear(8, 20)}, TypeError, "got Linear: pass its .weight"),
     "beta a tensor": ({"beta": torch.tensor(0.1)}, TypeError, r"beta must be a number, got a tensor.*float\(beta\)"),
     "scale a parameter": (
         {"logit_scale": torch.nn.Parameter(torch.ones(()))},
@@ -123,6 +126,8 @@ def test_a_module_is_checked_when_it_is_made() -> None:
         OrpoLoss(nll_reduction="mean")
     with pytest.raises(ValueError, match="softcap must be finite and positive"):
         OrpoLoss(softcap=0.0)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        OrpoLoss(backend="tritn")
     with pytest.raises(TypeError, match=r"OrpoLoss takes beta, .*; got alpha"):
         OrpoLoss(alpha=0.1)
 

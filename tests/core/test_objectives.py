@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orpo_kernels import objectives, orpo_loss, preference_loss, reference
 from orpo_kernels.objectives import DPO, ORPO, PairLogps, PairTerms, SimPO
-from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, every_run, make
+from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, every_run, make, relative
 
 
 def hinge(pairs: PairLogps) -> Tensor:
@@ -91,12 +91,14 @@ def test_closed_forms_agree_with_autograd_and_extremes_are_finite(objective: Any
     everything = torch.ones_like(chosen, dtype=torch.bool)
     for dtype in (torch.float64, torch.float32):
         of = PairLogps(*(None if value is None else value.to(dtype) for value in pairs))
-        terms = objectives.terms_of(objective, of, everything, differentiate=True)
+        terms = objectives.terms_of(objective, of, everything, 64, differentiate=True)
         for value in (*terms[:3], *terms.metrics):
             assert torch.isfinite(value).all()
     if isinstance(objective, ORPO):
-        closed = objectives.terms_of(objective, pairs, everything, differentiate=True)
-        by_autograd = objectives.terms_of(reference.odds_ratio(objective.beta), pairs, everything, differentiate=True)
+        closed = objectives.terms_of(objective, pairs, everything, 64, differentiate=True)
+        by_autograd = objectives.terms_of(
+            reference.odds_ratio(objective.beta), pairs, everything, 64, differentiate=True
+        )
         for mine, theirs in zip(closed[:3], by_autograd[:3], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-300)
 
@@ -165,12 +167,105 @@ def test_an_objective_that_couples_pairs_sees_them_all() -> None:
     assert not torch.isclose(split.loss, truth)  # the groups are there, so saying so matters
 
 
+def test_an_objective_that_couples_pairs_sees_those_that_count_alone() -> None:
+    """What a pair without an answer holds would reach the loss through the others, and no gradient back."""
+    case = make(torch.float64, pairs=4)
+    case.labels[1] = -100
+    inputs = (case.hidden, case.weight, case.labels)
+    with pytest.warns(UserWarning, match="1 of 4 pairs"):
+        out = preference_loss(*inputs, AgainstTheMean())
+    truth = reference.preference_loss(*inputs, AgainstTheMean())["loss"]
+    torch.testing.assert_close(out.loss, truth)
+    expected = case.grads(truth)
+    for name, grad in case.grads(out.loss).items():
+        torch.testing.assert_close(grad, expected[name])
+    assert torch.equal(expected["hidden"][5], torch.zeros_like(expected["hidden"][5]))
+
+
+def test_what_an_objective_sees_is_its_own_to_change() -> None:
+    case = make(torch.float64)
+    extra = given(case)
+    kept = {name: value.clone() for name, value in extra.items()}
+
+    def changes(pairs: PairLogps) -> Tensor:
+        assert pairs.margins is not None
+        pairs.chosen_length.add_(100)
+        pairs.margins.mul_(0)
+        return -pairs.chosen_sum.mul_(2.0) + pairs.rejected_sum
+
+    inputs = (case.hidden, case.weight, case.labels)
+    out = preference_loss(*inputs, changes, **extra)
+    with torch.no_grad():
+        plain = preference_loss(*inputs, changes, **extra)
+    own = preference_loss(*inputs, lambda pairs: -2 * pairs.chosen_sum + pairs.rejected_sum)
+    for found in (out, plain):
+        torch.testing.assert_close(found.loss, own.loss)
+        for mine, theirs in zip(found.pairs[:4], own.pairs[:4], strict=True):
+            assert torch.equal(mine, theirs)
+    assert all(torch.equal(extra[name], value) for name, value in kept.items())
+    expected = case.grads(own.loss)
+    for name, grad in case.grads(out.loss).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("objective", [ORPO(), SimPO(), DPO()], ids=["orpo", "simpo", "dpo"])
+def test_a_masked_rejected_answer_is_every_objectives_best_case(objective: Any) -> None:
+    case = make(torch.float32, vocab=100, bias=True, keep=1.0)
+    with torch.no_grad():
+        case.bias[90:] = -torch.inf  # type: ignore[index]
+    case.labels[case.labels >= 90] = 3
+    case.labels[2:, 1] = 95
+    extra = given(case)["reference_logps"] if isinstance(objective, DPO) else None
+    out = preference_loss(
+        case.hidden, case.weight, case.labels, objective, bias=case.bias, reference_logps=extra, nll_weight=0.0
+    )
+    assert out.loss == 0
+    assert all(torch.isfinite(grad).all() for grad in case.grads(out.loss).values())
+
+
+def test_sums_over_long_answers_keep_their_precision() -> None:
+    case = make(torch.float32, pairs=1, length=60_000, features=1, vocab=3, keep=1.0)
+    truth = case.to(torch.float64).reference()
+    assert relative(case.ours(backend="torch").nll_loss, truth["nll_loss"]) < 2e-7
+
+
+def foreign(pairs: PairLogps) -> Tensor:
+    return TEMPERATURE * (pairs.rejected_sum - pairs.chosen_sum)
+
+
+TEMPERATURE = torch.tensor(1.5, requires_grad=True)
+
+
+class NamesItsMetricsInOne(SimPO):
+    metric_names = "margin"  # type: ignore[assignment]
+
+
+class NegativeNll(SimPO):
+    nll_weight = -3.0
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "none": ({"objective": None}, TypeError, "objective must be callable on PairLogps.*got NoneType"),
+    "a class": ({"objective": SimPO}, TypeError, "got the class SimPO: pass an instance or a function"),
+    "a parameter of its own": ({"objective": foreign}, ValueError, "asks for a gradient of its own"),
+    "nothing of ours": ({"objective": lambda _: TEMPERATURE.expand(2)}, ValueError, "do not depend on chosen_sum"),
+    "complex losses": ({"objective": lambda p: p.chosen_sum + 1j}, ValueError, "its loss is torch.complex64"),
+    "derivatives of another shape": (
+        {"objective": lambda p: PairTerms(p.chosen_sum, p.chosen_sum[:1], p.chosen_sum)},
+        ValueError,
+        r"its d_chosen_sum is torch.float32 \[1\]",
+    ),
+    "one name for metrics": ({"objective": NamesItsMetricsInOne()}, TypeError, "metric_names must be a tuple of names"),
+    "negative nll weight": (
+        {"objective": NegativeNll()},
+        ValueError,
+        r"objective.nll_weight must be finite and not negative, got -3.0",
+    ),
     "no callable": ({"objective": 0.1}, TypeError, "objective must be callable on PairLogps.*got float"),
     "a mean": (
         {"objective": lambda pairs: pairs.chosen_sum.mean()},
         ValueError,
-        r"one loss for each of the 2 pairs, got shape \[\]: do not take their mean",
+        r"one floating-point number for each of the 2 pairs, but its loss is torch.float32 \[\]: do not take a mean",
     ),
     "no tensor": ({"objective": lambda _: 1.0}, TypeError, "must return a tensor of losses or PairTerms, got float"),
     "detached": (

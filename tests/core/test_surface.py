@@ -231,6 +231,21 @@ def test_scratch_on_a_cpu_is_what_the_plan_says() -> None:
         assert seen.second <= plan.scratch_bytes
 
 
+def test_overflowed_rows_take_what_scratch_there_is() -> None:
+    """All rows overflow and are done again, in runs as large as scratch has room for."""
+    case = make(torch.bfloat16, pairs=2, length=64, features=8, vocab=20_000, keep=1.0)
+    with torch.no_grad():
+        case.hidden.mul_(300)
+    for more in (1 << 20, 64 << 20):
+        plan = explain(case.hidden, case.weight, case.labels, backend="torch", workspace_bytes=1 << 40)
+        workspace = plan.bytes + more
+        with LargestTensor() as seen:
+            out = case.ours(backend="torch", workspace_bytes=workspace)
+        assert torch.isfinite(out.loss)
+        one = 20_001 * 4  # of one row done again, in float32
+        assert seen.second <= max(more + one, 8 * one, plan.scratch_bytes)
+
+
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
 def test_any_real_number_is_a_number(value: Any) -> None:
     case = make(torch.float64)
