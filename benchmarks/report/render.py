@@ -28,7 +28,7 @@ from benchmarks.report.plots import plot
 
 Table = Callable[[str, Record], str]  # class of machine and record to text; "" where the record has nothing for it
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "kernels.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "compiled.md")
 PICTURES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
