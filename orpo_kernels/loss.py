@@ -133,8 +133,8 @@ def preference_loss(
         cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
         backend: "auto", a backend's name, or a ``backends.Backend`` of your own.
         workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to
-            the copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB, and
-            the place of one float32 copy of the weight. Results do not depend on it beyond rounding.
+            the copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB
+            and the place of one float32 copy of the weight. Results do not depend on it beyond rounding.
 
     Returns:
         ``PreferenceOutput``; its ``loss`` is differentiable once in hidden, weight and bias.

@@ -11,11 +11,11 @@ float32 otherwise (float16 could not hold E under the label's shift). Per slice 
     product                grad_logp_hidden += E @ weight_slice, float32, where hidden's gradient is wanted and E is not
                            stored
 
-and after the last slice ``finalize`` turns S into log-probabilities. A stored E serves both products at once; the head's
-gradient without it computes E again, slice by slice, with the shift known and the label's ``-S`` in place.
+and after the last slice ``finalize`` turns S into log-probabilities. A stored E serves both products at once; the
+head's gradient without it computes E again, slice by slice, with the shift known and the label's ``-S`` in place.
 
-Nothing here waits for the device. Scratch beyond a stored E and the returned gradients stays near ``Part.scratch``: hidden
-rows are gathered chunk by chunk, and the rows that multiply E for the head's gradient column by column if need be.
+Nothing here waits for the device. Scratch beyond a stored E and the returned gradients stays near ``Part.scratch``:
+hidden rows are gathered chunk by chunk, and the rows that multiply E for the head's gradient column by column if need be.
 """
 
 from __future__ import annotations
