@@ -124,7 +124,7 @@ def test_the_suggestion_is_the_smallest_worst_ratio() -> None:
     ratios = {first: (1.0, 1.5), second: (1.2, 1.3), third: (0.9,)}  # the third did not run everywhere
     work = tune.make_work(tune.TINY["tiny"], torch.device("cpu"))[0]
     rows = [
-        tune.row_of(candidate, work).with_(case="llama3-8b", scores=n, ratio=ratio, device="a GPU", date="today")
+        tune.row_of(candidate, work).with_(case="llama3-8b", targets=n, ratio=ratio, device="a GPU", date="today")
         for candidate, known in ratios.items()
         for n, ratio in zip((1024, 4096), known, strict=False)
     ]
