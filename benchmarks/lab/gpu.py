@@ -40,7 +40,7 @@ SANITIZED = (
     "-k",
     "matches_float64 and triton or overflowed_rows or odds_ratio",
 )
-TOY = ("tests/backends/test_triton.py", "-k", "two_runs")
+TOY = ("tests/backends/test_triton.py", "-k", "two_runs and float32")
 WORKERS = 8
 FAILED = re.compile(r"\b(FAILED|ERROR)\b tests/|^=+ (Error|Invalid)|^E  ")
 STEPS = ("suite", "accuracy", "race", "memcheck", "racecheck")

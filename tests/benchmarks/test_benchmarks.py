@@ -27,8 +27,8 @@ from benchmarks.report import plots, render, tables
 from orpo_kernels import explain, reference
 
 CPU = torch.device("cpu")
-TINY = Case("tiny", 64, 999)
-TINY_CAPPED = Case("tiny-capped", 64, 999, softcap=30.0)
+TINY = Case("tiny", 32, 299)
+TINY_CAPPED = Case("tiny-capped", 32, 299, softcap=30.0)
 FEW = Batch("few", (Pair(5, 9, 7), Pair(3, 11, 13)), 16)
 ASKED = Row("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
 # The others compute everything everywhere. Liger has the loss alone and no softcap.
