@@ -60,7 +60,7 @@ gpu: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline:
 	$(call needs,$(GPU_NEEDS))
 	PYTHONPATH=. ORPO_PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks gpu $(ARGS)
 
-tune: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: time every candidate tile of the score GEMM
+tune: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: time every candidate tile of the exp GEMM
 	$(call needs,$(GPU_NEEDS))
 	PYTHONPATH=. ORPO_PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks tune $(ARGS)
 

@@ -9,8 +9,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+# `benchmarks compare --against` measures the package of another checkout with the problems of this one.
+if checkout := os.environ.get("ORPO_CHECKOUT"):
+    sys.path.insert(0, checkout)
 import orpo_kernels
 
+if checkout:
+    sys.path.remove(checkout)
 # Packages that only the comparison needs, unpacked by `make gpu` where there is no network. They come last, so that
 # nothing installed is replaced.
 sys.path += filter(None, [os.environ.get("ORPO_PEERS")])

@@ -18,7 +18,7 @@ from benchmarks import accuracy, race
 from benchmarks.harness import machine
 from benchmarks.harness.measure import UnsupportedError
 from benchmarks.harness.record import Record, Row
-from benchmarks.lab import compile, gpu, profile, train, tune
+from benchmarks.lab import compare, compile, gpu, profile, train, tune
 from benchmarks.problems import sections
 from benchmarks.problems.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, TASKS, fitting
 from benchmarks.problems.providers import NAMES, default_names
@@ -44,6 +44,8 @@ def _names(known: Iterable[str], text: str = "") -> Any:
 Names = list[str] | None
 Cases = Annotated[Names, _names(CASES)]
 Batches = Annotated[Names, _names(BATCHES)]
+Heads = Annotated[Names, _names(HEADS)]
+Dtypes = Annotated[Names, _names(DTYPES)]
 Providers = Annotated[Names, _names(NAMES)]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option()]
 Json = Annotated[Path | None, typer.Option("--json", help="write the rows to this file")]
@@ -58,9 +60,9 @@ def loss(
     batches: Batches = None,
     providers: Providers = None,
     states: Annotated[list[str], _names(STATES)] = ["trained-like"],  # noqa: B006  typer reads it, nobody writes
-    head: Annotated[list[str], _names(HEADS)] = ["trainable"],  # noqa: B006
-    dtype: Annotated[list[str], _names(DTYPES)] = ["bfloat16"],  # noqa: B006
-    phase: Annotated[list[str], _names(PHASES)] = ["full"],  # noqa: B006
+    heads: Heads = None,
+    dtypes: Dtypes = None,
+    phases: Annotated[list[str], _names(PHASES)] = ["full"],  # noqa: B006
     device: Device = HERE,
     repeats: Annotated[int, typer.Option(help="timed calls of each provider at most")] = 7,
     seconds: Annotated[float, typer.Option(help="no new timed call after this long")] = 15.0,
@@ -71,7 +73,8 @@ def loss(
     cases = cases or fitting(CASES, device)
     batches = batches or [name for name in fitting(BATCHES, device) if not name.startswith("length-")]
     names = providers or default_names(device, task)
-    wanted = sections.rows(cases, batches, head, dtype, names, states=states, phases=phase, task=task)
+    kinds = heads or HEADS[:1], dtypes or DTYPES[:1]
+    wanted = sections.rows(cases, batches, *kinds, names, states=states, phases=phases, task=task)
     rows = race.run(wanted, device, repeats=repeats, seconds=seconds, keep=_keeper(path, device))
     tables.print_rows(rows)
     if picture:
@@ -81,10 +84,31 @@ def loss(
     return _code(rows)
 
 
-@app.command()
-def compare(before: Path, after: Path) -> None:
-    """Two records side by side, as ratios."""
-    print(tables.compare(Record.load(before).rows, Record.load(after).rows))
+@app.command("compare")
+def _compare(
+    records: Annotated[Names, typer.Argument(metavar="[BEFORE.json AFTER.json]")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="run the loss of both checkouts instead")
+    ] = None,
+    cases: Cases = None,
+    batches: Batches = None,
+    dtypes: Dtypes = None,
+    heads: Heads = None,
+    device: Device = HERE,
+    rounds: Annotated[int, typer.Option(min=1, help="processes of each side, in the order A B B A")] = 5,
+    path: Json = None,
+) -> int:
+    """Two records side by side, as ratios; or this working tree against COMMIT, in turn in one run."""
+    if against is None:
+        if len(records or ()) != 2:
+            raise UnsupportedError("compare takes two records, or --against COMMIT")
+        before, after = (Record.load(Path(name)).rows for name in records or ())
+        print(tables.compare(before, after))
+        return 0
+    wanted = sections.compared(device, cases, batches, heads, dtypes)
+    rows = compare.run(wanted, against, device, rounds, _keeper(path, device))
+    print(tables.text(compare.table(rows)))
+    return _code(rows)
 
 
 @app.command("accuracy")
@@ -192,7 +216,7 @@ def _tune(
     dry_run: DryRun = False,
     path: Json = None,
 ) -> int:
-    """Race tiles of the score GEMM against the library's plain product."""
+    """Race tiles of the exp GEMM against the library's plain product."""
     chosen, arch = tune.cases_of(cases, device, dry_run)
     if dry_run:
         tune.print_plan(chosen, arch)

@@ -13,7 +13,7 @@ from benchmarks.problems.cases import REGIMES, States
 from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
 from orpo_kernels import reference
 
-SCORES, FEATURES, VOCAB = 256, 512, 32000
+TARGETS, FEATURES, VOCAB = 256, 512, 32000
 DTYPES = (torch.bfloat16, torch.float32)
 QUANTITIES = ("logps", "grad_hidden", "grad_weight")
 
@@ -28,20 +28,20 @@ Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def run(
     device: str = "cpu",
-    scores: int = SCORES,
+    targets: int = TARGETS,
     features: int = FEATURES,
     vocab: int = VOCAB,
 ) -> list[AccuracyRow]:
     """Every regime in every dtype."""
-    size = scores, features, vocab
+    size = targets, features, vocab
     return [row for dtype in DTYPES for states in REGIMES for row in _regime(states, dtype, torch.device(device), size)]
 
 
 def _regime(states: States, dtype: torch.dtype, device: torch.device, size: tuple[int, int, int]) -> list[AccuracyRow]:
-    scores, features, vocab = size
+    targets, features, vocab = size
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn((vocab, features), generator=generator, device=device).mul_(WEIGHT_STD).to(dtype)
-    labels = torch.randint(vocab, (scores,), generator=generator, device=device)
+    labels = torch.randint(vocab, (targets,), generator=generator, device=device)
     hidden = make_hidden(weight, labels, states, None, generator)
     true = _outputs(reference.linear_logprobs, hidden.double(), weight.double(), labels)
     naive = _outputs(reference.linear_logprobs, hidden, weight, labels)

@@ -87,7 +87,7 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
             return row
         torch.compiler.reset()  # or the sample's shapes would turn what is timed into a dynamic-shape kernel
     problem = make_problem(case, batch, *inputs)
-    row = row.with_(status="ok", scores=batch.scores, positions=problem.labels.numel())
+    row = row.with_(status="ok", targets=batch.targets, positions=problem.labels.numel())
     if provider is None:  # the floor as an entry of its own: its calls are their own yardstick
         cut, floor = build_floor(problem, row.phase)
         (times,) = in_turn([floor], device, repeats=repeats, least=MIN_REPEATS, seconds=seconds)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -80,14 +81,20 @@ def run(
     return rows
 
 
-def process(module: str, group: Sequence[Row], options: Mapping[str, Any], patience: float = PATIENCE_S) -> list[Row]:
+def process(
+    module: str,
+    group: Sequence[Row],
+    options: Mapping[str, Any],
+    patience: float = PATIENCE_S,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> list[Row]:
     """Answers to at least the first of ``group``, from one process: up to the row that ended it."""
     limit = min(TIMEOUT_S * len(group), options["until"] + patience - time.time())
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder, "rows.jsonl"), Path(folder, "log.txt")
         request = json.dumps({"rows": [asdict(row) for row in group], "options": options})
         command = [sys.executable, "-m", "benchmarks.harness.isolate", module, request, str(file)]
-        code, text = execute(command, log, limit, {"CUDA_VISIBLE_DEVICES": ONE_GPU})
+        code, text = execute(command, log, limit, {"CUDA_VISIBLE_DEVICES": ONE_GPU, **environment})
         lines = file.read_text().splitlines() if file.exists() else []
     answered = {row.key: row for row in map(_row, lines) if row is not None}
     status: Status = "failed"

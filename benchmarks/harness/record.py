@@ -45,7 +45,7 @@ class Row:
     naive_err_loss: float | None = None  # the naive implementation's on the same sample
     naive_err_hidden: float | None = None
     naive_err_weight: float | None = None
-    scores: int = 0
+    targets: int = 0
     positions: int = 0
     provider_version: str = ""
     device: str = ""

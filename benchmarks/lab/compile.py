@@ -51,10 +51,8 @@ TARGETS = {
 }
 GEMMS = ("exp_gemm_tma_kernel", "exp_gemm_kernel", "recompute_overflowed_kernel")
 # Arguments that are None where a branch of a kernel is off.
-OPTIONAL = (
-    "exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight", "grad_logp_hidden", "source_rows", "out_rows",
-    "a", "b", "label_entry",
-)  # fmt: skip
+OF_GEMM = ("exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight")
+OPTIONAL = (*OF_GEMM, "grad_logp_hidden", "source_rows", "out_rows", "a", "b", "label_entry")
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {**FLOATS, torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1"}
 

@@ -25,21 +25,22 @@ from benchmarks.problems.sections import gpu_race, rows
 from benchmarks.report import tables, targets
 
 SUITE = (
-    "test_accuracy",
-    "test_finite",
-    "backends/test_triton",
-    "backends/test_gpu",
-    "test_plan",
-    "test_surface",
-    "test_compile",
+    *(f"tests/core/test_{name}.py" for name in ("accuracy", "finite", "plan", "surface", "compile", "objectives")),
+    *(f"tests/backends/test_{name}.py" for name in ("triton", "gpu")),
 )
 # They need no GPU, and what they measure a busy machine would spoil.
 NO_GPU = (
     "--deselect=tests/backends/test_triton.py::test_every_kernel_compiles_for_every_chip",
-    "--deselect=tests/test_surface.py::test_import_is_light",
+    "--deselect=tests/core/test_surface.py::test_import_is_light",
 )
 # Small on purpose: a sanitizer slows every kernel by one or two orders of magnitude.
-SANITIZED = ("-k", "matches_float64 and triton or overflowed_rows or odds_ratio")
+SANITIZED = (
+    "tests/core/test_accuracy.py",
+    "tests/backends/test_triton.py",
+    "-k",
+    "matches_float64 and triton or overflowed_rows or odds_ratio",
+)
+TOY = ("tests/backends/test_triton.py", "-k", "two_runs and float32")
 WORKERS = 8
 FAILED = re.compile(r"\b(FAILED|ERROR)\b tests/|^=+ (Error|Invalid)|^E  ")
 STEPS = ("suite", "accuracy", "race", "memcheck", "racecheck")
@@ -57,13 +58,9 @@ class Step(NamedTuple):
 def steps(device: str, seconds: float, keep: Callable[[Record], None], logs: Path) -> list[Step]:
     """The order is that of what would be missed most. What a check prints goes to a file in ``logs``."""
     toy = device == "cpu"
-    tests = [next(machine.ROOT.glob(f"tests/**/{name}.py"), machine.ROOT).relative_to(machine.ROOT) for name in SUITE]
     pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    files = {path.stem: str(path) for path in tests}
-    suite = [*pytest, "-n", str(WORKERS), *NO_GPU, *files.values()]
-    if toy:
-        suite = [*pytest, files["test_triton"], "-k", "two_runs"]
-    sanitized = [*pytest, files["test_accuracy"], files["test_triton"], *SANITIZED]
+    suite = [*pytest, *(TOY if toy else ("-n", str(WORKERS), *NO_GPU, *SUITE))]
+    sanitized = [*pytest, *SANITIZED]
     known = [str(path) for path in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")]
     tool = shutil.which("compute-sanitizer") or next(iter(known), None)
 

@@ -59,7 +59,7 @@ def run(case: str, batch: str, head: str, device: torch.device) -> list[Row]:
         orpo_loss(*inputs, **options).loss.backward()  # type: ignore[no-untyped-call]
 
     row = Row(case, batch, "trained-like", head, "bfloat16", "full", CALL, "ok", task="profile")
-    row = row.with_(**machine.about(device), scores=plan.targets, positions=plan.positions)
+    row = row.with_(**machine.about(device), targets=plan.targets, positions=plan.positions)
     cut, floor = build_floor(problem, "full")
     times, floors = in_turn([call, floor], device, repeats=REPEATS, warm_up=WARM_UP)
     total, kernels = profiled(call, device)

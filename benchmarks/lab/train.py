@@ -45,8 +45,6 @@ CHECKPOINTING = "checkpointing"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
-COUNTED = ("hidden_layers", "attention_heads", "key_value_heads")
-COUNTED = ("hidden_layers", "attention_heads", "key_value_heads")
 SIZES = (
     "hidden_size",
     "intermediate_size",

@@ -1,4 +1,4 @@
-"""Tiles of the score GEMM, raced against the library's plain product on the heads that the benchmark knows.
+"""Tiles of the exp GEMM, raced against the library's plain product on the heads that the benchmark knows.
 
 A shipped tile serves every batch, so a candidate is judged by its worst ratio over heads and numbers of rows, each
 ratio taken against a product timed in turn with it. What does not compile, does not fit or is wrong is a row as well.
@@ -190,7 +190,7 @@ def row_of(candidate: Candidate, work: Work) -> Row:
     """The row of a candidate, with its form and tile by name. Its yardstick, ``floor_ms``, is the plain product."""
     n, (form, tile, capped) = work.targets.numel(), candidate
     figures = {"rows": n, "form": form, "capped": capped, **tile._asdict()}
-    return Row(work.case.name, f"{n} rows", provider=str(candidate), scores=n, task="tune", figures=figures)
+    return Row(work.case.name, f"{n} rows", provider=str(candidate), targets=n, task="tune", figures=figures)
 
 
 def make_work(case: Case, device: torch.device) -> list[Work]:
@@ -220,8 +220,8 @@ def make_work(case: Case, device: torch.device) -> list[Work]:
 
 def measure(row: Row, candidate: Candidate, work: Work) -> Row:
     """Check a candidate, then time it against the plain product in turn."""
-    score, exps, sums = score_pass(candidate, work)
-    score()
+    step, exps, sums = exp_pass(candidate, work)
+    step()
     wrong = _wrong(work, exps, sums)
     if wrong:
         return row.with_(status="wrong", reason=wrong)
@@ -231,11 +231,11 @@ def measure(row: Row, candidate: Candidate, work: Work) -> Row:
         torch.mm(work.hidden, work.head.weight.T, out=logits)
 
     # Nothing waits in between, so that starting a kernel costs no time.
-    times, floors = in_turn([score, plain], work.hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
+    times, floors = in_turn([step, plain], work.hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
     return row.with_(status="ok", **summary(times, floors))
 
 
-def score_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tensor, Tensor]:
+def exp_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tensor, Tensor]:
     """The backend's own pass over the whole vocabulary with this candidate, and where it leaves E and the sums."""
     backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
     everything = slice(0, work.head.vocab)
@@ -278,7 +278,7 @@ def print_plan(cases: Sequence[Case], arch: str) -> None:
 def print_rows(rows: Sequence[Row], arch: str) -> None:
     """The best of each head and number of rows, what came to nothing, and the row that the table should have."""
     found = frame(rows)
-    for (case, n), members in found.groupby(["case", "scores"]):
+    for (case, n), members in found.groupby(["case", "targets"]):
         print(f"\n{case}, {n} rows: ms, of a plain product in turn, ratio")
         print(text(members.nsmallest(BEST, "ratio")[SHOWN].dropna()))
     for note, members in found[found.note != ""].groupby("note"):
@@ -293,7 +293,7 @@ def suggestion(rows: Sequence[Row], arch: str) -> str:
     """The tile with the smallest worst ratio, as the table's own text. One tile serves every number of rows."""
     found = frame(rows)
     kind = "with" if rows[0].figures["capped"] else "without"
-    everywhere = found.groupby("provider").ratio.count() == found.groupby(["case", "scores"]).ngroups
+    everywhere = found.groupby("provider").ratio.count() == found.groupby(["case", "targets"]).ngroups
     worst = found.groupby("provider").ratio.max()[everywhere]
     if worst.empty:
         return f"# no candidate {kind} a softcap ran on every head and number of rows: give it more --seconds"
@@ -305,6 +305,6 @@ def suggestion(rows: Sequence[Row], arch: str) -> str:
     form = best.figures["form"]
     if form == "library":  # its pass over the products has one tile for every chip
         line = 'form="library"'
-    where = f"{best.case}, {best.scores} rows"
+    where = f"{best.case}, {best.targets} rows"
     evidence = f"{best.ratio:.3f} of a plain product at worst ({where}); {best.device}, {best.date}"
     return f"# {form}, {kind} a softcap: {evidence}\n{line}"

@@ -27,7 +27,7 @@ class Case:
 
 
 class Pair(NamedTuple):
-    """Lengths in tokens. Nothing predicts the first token of a prompt, so p prompt tokens give p - 1 scores."""
+    """Lengths in tokens. Nothing predicts the first token of a prompt, so p prompt tokens give p - 1 targets."""
 
     prompt: int
     chosen: int
@@ -43,13 +43,13 @@ class Batch:
     positions: int  # T of hidden [2P, T, H]
 
     @property
-    def scores(self) -> int:
+    def targets(self) -> int:
         return sum(pair.prompt - 1 + pair.chosen + pair.rejected for pair in self.pairs)
 
 
 @dataclass(frozen=True)
 class States:
-    """A regime of hidden states: ``hidden = noise + a multiple of the label's row of the head``, per scored position.
+    """A regime of hidden states: ``hidden = noise + a multiple of the label's row of the head``, per target position.
 
     The noise gives the logits of all tokens a standard deviation of ``noise`` nats. The multiple lifts the label's
     logit ``margin`` nats above the log-sum-exp of the others, plus ``spread`` nats of normal deviation between tokens;
@@ -98,7 +98,7 @@ BATCHES: dict[str, Batch] = {
     for batch in (
         _dense("dense", 8, 1024),
         # Lengths drawn once from log-normals of the shape that UltraFeedback's binarised pairs have (medians about 90
-        # prompt, 280 chosen and 230 rejected tokens, prompts cut at 512), and kept: 38 % of the positions are scores.
+        # prompt, 280 chosen and 230 rejected tokens, prompts cut at 512), and kept: 38 % of the positions are targets.
         Batch(
             "ultrafeedback",
             (

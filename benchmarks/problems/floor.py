@@ -1,4 +1,4 @@
-"""The floor: the products that no exact implementation can leave out, alone, on the scored rows.
+"""The floor: the products that no exact implementation can leave out, alone, on the target rows.
 
 The same products can be cut in several ways, and which is fastest depends on the machine: in chunks of rows, in slices
 of the vocabulary that stay in a cache, or not at all. The floor is the fastest of them, chosen before anything is timed
@@ -27,7 +27,7 @@ Step = Callable[[], None]
 
 def cuts(problem: Problem, phase: str) -> Iterator[tuple[str, Step]]:
     """Every cut of the products, by name. Each is built, with its buffers, when it is asked for."""
-    rows, weight = problem.scored_rows().detach(), problem.weight.detach()
+    rows, weight = problem.target_rows().detach(), problem.weight.detach()
     n, vocab, device = rows.shape[0], weight.shape[0], rows.device.type
     products = 1 if phase == "forward" else 3 if problem.weight.requires_grad else 2
     build = partial(_step, rows, weight, products)
@@ -49,7 +49,7 @@ def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
         if best is None or min(times) < best[0]:
             best = (min(times), name, step)
     if best is None:
-        raise ValueError(f"a problem with scores has a floor, got {problem.targets.shape} targets without one")
+        raise ValueError(f"a floor needs a target, got labels {tuple(problem.targets.shape)} without one")
     return best[1:]
 
 

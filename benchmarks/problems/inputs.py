@@ -36,8 +36,8 @@ class Problem:
     def device(self) -> torch.device:
         return self.hidden.device
 
-    def scored_rows(self) -> Tensor:
-        """``[N, H]`` hidden states of the scored positions."""
+    def target_rows(self) -> Tensor:
+        """``[N, H]`` hidden states of the target positions."""
         return self.hidden[self.targets != IGNORE]
 
     def upstream(self) -> Tensor:

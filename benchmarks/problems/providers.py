@@ -1,9 +1,9 @@
 """The field: one function per way to compute the same thing. A new competitor is one function here.
 
-Most give log-probabilities ``step() -> [2P, T]`` of ``problem.targets``, or ``[N]`` of the scored positions alone, and
+Most give log-probabilities ``step() -> [2P, T]`` of ``problem.targets``, or ``[N]`` of the target positions alone, and
 the task makes a scalar of them that ``backward`` works on: the ORPO loss ``NLL(prompt + chosen) + 0.1 * mean
 softplus(-log_odds(answers))``, or their sum under a random upstream gradient. Who computes the loss at once does that
-instead. Where a library takes flat rows it gets the scored rows alone, which is its strongest use and what its user
+instead. Where a library takes flat rows it gets the target rows alone, which is its strongest use and what its user
 would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets that.
 """
 
@@ -58,7 +58,7 @@ class Provider:
 
 
 def objective(problem: Problem, task: str) -> Callable[[Tensor], Tensor]:
-    """From log-probabilities, padded or of the scored positions alone, to the task's scalar."""
+    """From log-probabilities, padded or of the target positions alone, to the task's scalar."""
     scored = problem.targets != IGNORE
     upstream = problem.upstream()
     if task == "logprobs":
@@ -94,9 +94,9 @@ def _naive(problem: Problem) -> Step:
 
 
 def _naive_scored(problem: Problem) -> Step:
-    """The naive way on the scored rows alone: what two lines of indexing give without any library."""
+    """The naive way on the target rows alone: what two lines of indexing give without any library."""
     targets = problem.targets[problem.targets != IGNORE]
-    return lambda: reference.linear_logprobs(problem.scored_rows(), problem.weight, targets, softcap=problem.softcap)
+    return lambda: reference.linear_logprobs(problem.target_rows(), problem.weight, targets, softcap=problem.softcap)
 
 
 def _compiled(problem: Problem) -> Step:
@@ -162,7 +162,7 @@ class _HeadOnly(nn.Module):
 
 
 def _trl_fused(problem: Problem) -> Step:
-    """TRL's fused head, as its own trainers add it. It compacts to the scored rows on a GPU and not on a CPU."""
+    """TRL's fused head, as its own trainers add it. It compacts to the target rows on a GPU and not on a CPU."""
     model: Any = _HeadOnly(problem)
     _import("trl.trainer.utils").add_fused_lm_head(model)
     return lambda: model(hidden=problem.hidden, shift_labels=problem.targets, fused_lm_head=True).log_probs
@@ -179,7 +179,7 @@ def _torch_lce(problem: Problem) -> Step:
     targets = problem.targets[problem.targets != IGNORE]
 
     def step() -> Tensor:
-        nll = F.linear_cross_entropy(problem.scored_rows(), problem.weight, targets, reduction="none", options=chunk)
+        nll = F.linear_cross_entropy(problem.target_rows(), problem.weight, targets, reduction="none", options=chunk)
         return -nll.float()
 
     return step

@@ -15,6 +15,8 @@ COMPILED = ("compiled", "liger")
 GPU_CASES = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
 GPU_BATCHES = ("dense", "ultrafeedback")
 BF16, F32 = ("bfloat16",), ("float32",)
+LARGE, SMALL = ("qwen2.5-0.5b-cpu",), ("small-v32k-cpu",)
+FULL, QUARTER = ("ragged-cpu",), ("ragged-small-cpu",)
 
 
 def rows(
@@ -38,24 +40,42 @@ def sections(device: str) -> dict[str, list[Row]]:
     return _on_cpu() if device == "cpu" else {**gpu_race(), **_more_on_gpu()}
 
 
+def compared(
+    device: str,
+    cases: Sequence[str] | None,
+    batches: Sequence[str] | None,
+    heads: Sequence[str] | None,
+    dtypes: Sequence[str] | None,
+) -> list[Row]:
+    """What two checkouts are compared on: the headline, float32 and small sizes, or the combinations asked for."""
+    if device == "cuda":
+        return rows(cases or GPU_CASES, batches or GPU_BATCHES, heads or HEADS, dtypes or BF16, [""])
+    if cases or batches or heads or dtypes:
+        return rows(cases or LARGE, batches or FULL, heads or HEADS, dtypes or BF16, [""])
+    return [
+        *rows(LARGE, FULL, HEADS, BF16, [""]),
+        *rows(LARGE, FULL, HEADS[:1], F32, [""]),
+        *rows(SMALL, QUARTER, HEADS, [*BF16, *F32], [""]),
+    ]
+
+
 def _on_cpu() -> dict[str, list[Row]]:
     """Full size where the claims are made; elsewhere a quarter of the positions, which keeps a section to minutes."""
-    large, small, capped = ["qwen2.5-0.5b-cpu"], ["small-v32k-cpu"], ["gemma-cpu"]
-    full, quarter, trainable = ["ragged-cpu"], ["ragged-small-cpu"], HEADS[:1]
+    trainable, capped = HEADS[:1], ["gemma-cpu"]
     lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]
     everyone = default_names("cpu")
     return {
-        "headline": rows(large, full, trainable, BF16, everyone),
+        "headline": rows(LARGE, FULL, trainable, BF16, everyone),
         # The claims in float32, at full size: naive takes most of a minute a call here, so they meet nobody else.
-        "float32": rows([*large, *small], full, trainable, F32, [FLOOR, "naive", "ours"]),
+        "float32": rows([*LARGE, *SMALL], FULL, trainable, F32, [FLOOR, "naive", "ours"]),
         "large": [
-            *rows(large, quarter, ["frozen"], BF16, everyone),
-            *rows(large, quarter, HEADS, F32, everyone),
+            *rows(LARGE, QUARTER, ["frozen"], BF16, everyone),
+            *rows(LARGE, QUARTER, HEADS, F32, everyone),
         ],
-        "small": rows(small, quarter, HEADS, [*BF16, *F32], everyone),
-        "softcap": rows(capped, quarter, trainable, [*BF16, *F32], everyone),
-        "lengths": rows(small, lengths, trainable, BF16, _without_compiled(everyone)),
-        "logprobs": rows(large, quarter, HEADS, [*BF16, *F32], default_names("cpu", "logprobs"), task="logprobs"),
+        "small": rows(SMALL, QUARTER, HEADS, [*BF16, *F32], everyone),
+        "softcap": rows(capped, QUARTER, trainable, [*BF16, *F32], everyone),
+        "lengths": rows(SMALL, lengths, trainable, BF16, _without_compiled(everyone)),
+        "logprobs": rows(LARGE, QUARTER, HEADS, [*BF16, *F32], default_names("cpu", "logprobs"), task="logprobs"),
     }
 
 

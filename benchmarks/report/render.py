@@ -197,13 +197,13 @@ TABLES: dict[str, Table] = {
 
 
 def _compiled() -> str:
-    """The score GEMMs of the newest compilation, and what all of its binaries come to."""
+    """The exp GEMMs of the newest compilation, and what all of its binaries come to."""
     found = pd.read_json(max((RESULTS / "compiled").glob("*.json")))
     bad = sum(CompileRow(**row).problem != "" for row in found.to_dict("records"))
     shown = found[found.kernel.str.startswith("exp_gemm")]
     table = shown[["target", "kernel", "config", "registers", "shared_bytes", "tensor_core"]]
     table.columns = ["chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"]
-    said = f"{len(found)} binaries with triton {found.triton[0]}, {bad} with a problem; these are the score GEMMs.\n\n"
+    said = f"{len(found)} binaries with triton {found.triton[0]}, {bad} with a problem; these are the exp GEMMs.\n\n"
     return said + tables.markdown(table)
 
 

@@ -72,7 +72,9 @@ def _on_gpu() -> Iterable[Target]:
                     yield Target(f"faster than {liger}, {where}", group, 5.0 if ragged else 1.0, liger)
             where, group = f"{case}, {batch}, trainable in 1 GiB", _group(case, batch, "trainable")
             yield Target(f"memory, {where}", group, GIB_IN_MIB, figure="peak_mib", provider="ours_recompute")
-            if BATCHES[batch].scores * CASES[case].vocab * 2 > 2**30:  # E does not fit, so it is computed again: 4 mm
+            if (
+                BATCHES[batch].targets * CASES[case].vocab * 2 > 2**30
+            ):  # E does not fit, so it is computed again: 4 passes
                 yield Target(f"floor / time, {where}", group, 3 / 4 / 1.10, FLOOR, provider="ours_recompute")
             evaluation = _group(case, batch, "trainable", phase="forward")
             yield Target(f"floor / time, {case}, {batch}, evaluation", evaluation, 1 / 1.15, FLOOR)

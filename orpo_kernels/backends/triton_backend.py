@@ -15,7 +15,8 @@ and after the last slice ``finalize`` turns S into log-probabilities. A stored E
 head's gradient without it computes E again, slice by slice, with the shift known and the label's ``-S`` in place.
 
 Nothing here waits for the device. Scratch beyond a stored E and the returned gradients stays near ``Part.scratch``:
-hidden rows are gathered chunk by chunk, and the rows that multiply E for the head's gradient column by column if need be.
+hidden rows are gathered chunk by chunk, and the rows that multiply E for the head's gradient column by column if
+need be.
 """
 
 from __future__ import annotations

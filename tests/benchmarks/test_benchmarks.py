@@ -27,8 +27,8 @@ from benchmarks.report import plots, render, tables
 from orpo_kernels import explain, reference
 
 CPU = torch.device("cpu")
-TINY = Case("tiny", 64, 999)
-TINY_CAPPED = Case("tiny-capped", 64, 999, softcap=30.0)
+TINY = Case("tiny", 32, 299)
+TINY_CAPPED = Case("tiny-capped", 32, 299, softcap=30.0)
 FEW = Batch("few", (Pair(5, 9, 7), Pair(3, 11, 13)), 16)
 ASKED = Row("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
 # The others compute everything everywhere. Liger has the loss alone and no softcap.
@@ -99,12 +99,12 @@ def test_every_cut_of_the_floor_is_the_same_products(
     for name, step in found.items():
         with FlopCounterMode(display=False) as counter:
             step()
-        assert counter.get_total_flops() == products * 2 * FEW.scores * TINY.vocab * TINY.features, name
+        assert counter.get_total_flops() == products * 2 * FEW.targets * TINY.vocab * TINY.features, name
 
 
 def test_logits_that_do_not_fit_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(floor.ROWS, "cpu", (7,))
-    monkeypatch.setitem(floor.WHOLE_BYTES, "cpu", 4 * FEW.scores * TINY.vocab - 1)
+    monkeypatch.setitem(floor.WHOLE_BYTES, "cpu", 4 * FEW.targets * TINY.vocab - 1)
     problem = make_problem(TINY, FEW, STATES["random"], "float32", "trainable", CPU)
     assert "whole" not in dict(floor.cuts(problem, "full"))
 
@@ -152,7 +152,7 @@ def test_trained_like_states_are_what_they_claim(dtype: str, softcap: float | No
     batch = BATCHES["ragged-small-cpu"]
     problem = make_problem(case, batch, STATES["trained-like"], dtype, "frozen", CPU)
     scored = problem.targets != IGNORE
-    assert scored.sum() == batch.scores
+    assert scored.sum() == batch.targets
     logps = reference.linear_logprobs(
         problem.hidden.detach()[scored].double(), problem.weight.double(), problem.targets[scored], softcap=softcap
     )
@@ -163,14 +163,14 @@ def test_trained_like_states_are_what_they_claim(dtype: str, softcap: float | No
 
 @pytest.mark.slow
 def test_the_table_of_regimes_covers_what_it_names() -> None:
-    for row in accuracy.run(scores=32, features=256, vocab=8000):
+    for row in accuracy.run(targets=32, features=256, vocab=8000):
         assert row.holds, row
         if float(row.regime) > -10:  # the others depend on the vocabulary
             assert row.mean_logp == pytest.approx(float(row.regime), rel=0.25)
 
 
 def test_specified_sizes() -> None:
-    assert BATCHES["ragged-cpu"].scores == 2697
+    assert BATCHES["ragged-cpu"].targets == 2697
     for batch in BATCHES.values():
         assert all(pair.prompt - 1 + max(pair.chosen, pair.rejected) <= batch.positions for pair in batch.pairs)
 
@@ -191,7 +191,7 @@ def _rows() -> list[Row]:
 def test_several_names_after_one_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["record", "--only", "small", "nonsense", "--device", "cpu"]) == 2
     assert "no section nonsense; there are headline, " in capsys.readouterr().err
-    assert command.main(["loss", "--head", "frozen", "thawed"]) == 2
+    assert command.main(["loss", "--heads", "frozen", "thawed"]) == 2
     assert "no thawed; there are trainable, frozen" in capsys.readouterr().err
 
 
@@ -235,7 +235,7 @@ def test_render_fills_marked_places(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     document, pictures = tmp_path / "page.md", tmp_path / "images"
     document.write_text("\n".join(f"<!-- benchmarks:cpu-{name} -->\n<!-- /benchmarks -->" for name in render.TABLES))
     assert render.render([document], pictures, write=False) == []  # nothing is recorded, so there is nothing to show
-    rows = accuracy.run(scores=8, features=16, vocab=64)
+    rows = accuracy.run(targets=8, features=16, vocab=64)
     Record("box", "2026-01-01", rows=_rows(), accuracy=rows).save(tmp_path / "cpu-test-2026-01-01.json")
     assert len(render.render([document], pictures, write=False)) == 2
     render.render([document], pictures)
@@ -254,7 +254,7 @@ def _whole() -> list[Row]:
 def test_a_partial_record_empties_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `record --only small` on another day leaves is no reason to forget the other sections."""
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    accurate = accuracy.run(scores=8, features=16, vocab=64)
+    accurate = accuracy.run(targets=8, features=16, vocab=64)
     whole, small = _whole(), [row.with_(median_ms=1.0) for row in _whole() if row.case == "small-v32k-cpu"]
     Record("box", "2026-01-01", rows=whole, accuracy=accurate).save(tmp_path / "cpu-test-2026-01-01.json")
     document, pictures = tmp_path / "page.md", tmp_path / "images"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,21 @@ def test_the_dry_run_lists_every_step_and_measurement(capsys: pytest.CaptureFixt
     assert {
         target.group for target in targets.TARGETS["gpu"]
     } <= asked  # every promise is about something that is measured
+
+
+def test_the_tests_it_names_are_there() -> None:
+    """pytest says nothing of a --deselect or of a word after -k that fits no test."""
+    named = [
+        word.removeprefix("--deselect=").split("::") for word in (*gpu.SUITE, *gpu.NO_GPU, *gpu.SANITIZED, *gpu.TOY)
+    ]
+    files = [(ROOT / file, tests) for file, *tests in named if file.endswith(".py")]
+    for file, tests in files:
+        assert file.is_file(), file
+        assert all(f"def {test}(" in file.read_text() for test in tests), tests
+    for words in (gpu.SANITIZED, gpu.TOY):
+        text = "".join((ROOT / word).read_text() for word in words if word.endswith(".py"))
+        for name in re.findall(r"\w+", words[-1].replace(" and ", " ").replace(" or ", " ")):
+            assert re.search(rf"def test_\w*{name}|\b{name}\b", text), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

@@ -124,7 +124,7 @@ def test_the_suggestion_is_the_smallest_worst_ratio() -> None:
     ratios = {first: (1.0, 1.5), second: (1.2, 1.3), third: (0.9,)}  # the third did not run everywhere
     work = tune.make_work(tune.TINY["tiny"], torch.device("cpu"))[0]
     rows = [
-        tune.row_of(candidate, work).with_(case="llama3-8b", scores=n, ratio=ratio, device="a GPU", date="today")
+        tune.row_of(candidate, work).with_(case="llama3-8b", targets=n, ratio=ratio, device="a GPU", date="today")
         for candidate, known in ratios.items()
         for n, ratio in zip((1024, 4096), known, strict=False)
     ]
@@ -139,7 +139,7 @@ def test_the_suggestion_is_the_smallest_worst_ratio() -> None:
 @pytest.mark.slow
 def test_steps_are_parts_of_the_call(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.json"
-    wanted = ["--case", "small-v32k-cpu", "--batch", "ragged-small-cpu", "--head", head]
+    wanted = ["--case", "tiny-cpu", "--batch", "tiny-cpu", "--head", head]
     assert command.main(["profile", "--device", "cpu", *wanted, "--json", str(path)]) == 0
     call, *steps = json.loads(path.read_text())["rows"]
     assert {"products", "exp gemm", "everything else"} <= {step["provider"] for step in steps}
