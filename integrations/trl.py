@@ -15,16 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo_kernels.integrations import TRL
-from orpo_kernels.integrations.trainer import (
-    Batch,
-    Patch,
-    Site,
-    find_site,
-    fused_logprobs,
-    fused_orpo,
-    keeps_stock,
-    metrics_of_all_ranks,
-)
+from orpo_kernels.integrations.fused import Batch, fused_logprobs, fused_orpo
+from orpo_kernels.integrations.trainer import Patch, Site, find_site, keeps_stock, metrics_of_all_ranks
 
 ORPOTrainer: Any = TRL.find_class()
 
@@ -39,30 +31,22 @@ def get_batch_loss_metrics(self: Any, model: nn.Module, batch: dict[str, Any], t
     if isinstance(fused, str):
         keeps_stock(self, fused)
         return stock(self, model, batch, train_eval)
-    out, (chosen, rejected) = fused.result
-    logged = out._replace(chosen_logits_mean=chosen, rejected_logits_mean=rejected)
-    loss = fused.tracked
-    if self.aux_loss_enabled:
-        loss = loss + self.aux_loss_coef * fused.output.aux_loss
+    out, output = fused
+    loss = out.loss + self.aux_loss_coef * output.aux_loss if self.aux_loss_enabled else out.loss
     prefix = "eval_" if train_eval == "eval" else ""
-    metrics = metrics_of_all_ranks(self.accelerator, logged)
-    return loss, {prefix + name: value for name, value in metrics.items()}
+    return loss, {prefix + name: value for name, value in metrics_of_all_ranks(self.accelerator, out).items()}
 
 
 def concatenated_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> Any:
-    """What TRL's method of this name returns, with one-element stand-ins for the logits.
-
-    Downstream takes the mean of the logits and nothing else; the stand-ins hold it.
-    """
+    """What TRL's method of this name returns; their mean stands for the logits, of which no more is read."""
     site = _site(self, model, ("get_batch_logps",))
     fused = site if isinstance(site, str) else fused_logprobs(PATCH, self, model, site, _batch(self, batch))
     if isinstance(fused, str):
         keeps_stock(self, fused)
         return PATCH.stock["concatenated_forward"](self, model, batch)
-    chosen, rejected = fused.result.answer_means.chunk(2)
-    means = fused.result.logit_means
-    result = (chosen, rejected, means[:1], means[1:], fused.result.nll_loss)
-    return (*result, fused.output.aux_loss) if self.aux_loss_enabled else result
+    of, output = fused
+    result = (*of.answer_means.chunk(2), *of.logit_means.split(1), of.nll_loss)
+    return (*result, output.aux_loss) if self.aux_loss_enabled else result
 
 
 def _site(trainer: Any, model: nn.Module, stands_for: tuple[str, ...]) -> Site | str:
@@ -74,28 +58,20 @@ def _site(trainer: Any, model: nn.Module, stands_for: tuple[str, ...]) -> Site |
 def _batch(trainer: Any, batch: dict[str, Any]) -> Batch:
     """TRL's concatenated batch with labels shifted, as a call of the model."""
     ignore = getattr(trainer, "label_pad_token_id", -100)  # an option until trl 0.27
-    options = {"label_pad_token_id": ignore} if _takes_label_pad(trainer.concatenated_inputs) else {}
-    both = trainer.concatenated_inputs(
-        batch,
-        is_encoder_decoder=False,
-        padding_value=trainer.padding_value,
-        device=trainer.accelerator.device,
-        **options,
-    )
+    options = {"padding_value": trainer.padding_value, "device": trainer.accelerator.device}
+    if "label_pad_token_id" in inspect.signature(trainer.concatenated_inputs).parameters:
+        options["label_pad_token_id"] = ignore
+    both = trainer.concatenated_inputs(batch, is_encoder_decoder=False, **options)
     ids, mask = both["concatenated_input_ids"], both["concatenated_attention_mask"]
-    tokens = torch.where(mask == 1, ids, ignore)[: batch["chosen_labels"].shape[0]]
 
     def shifted(labels: Tensor) -> Tensor:
         return F.pad(labels[:, 1:], (0, 1), value=ignore)
 
+    tokens = torch.where(mask == 1, ids, ignore)[: batch["chosen_labels"].shape[0]]
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if trainer.aux_loss_enabled:
         inputs["output_router_logits"] = True
     return Batch(inputs, shifted(both["concatenated_labels"]), shifted(tokens), ignore)
-
-
-def _takes_label_pad(function: Any) -> bool:
-    return "label_pad_token_id" in inspect.signature(function).parameters
 
 
 PATCH = Patch(

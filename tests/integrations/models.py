@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.inkling.configuration_inkling import InklingTextConfig
 from transformers.models.inkling2.configuration_inkling2 import Inkling2TextConfig
 
-from orpo_kernels.integrations.trainer import Batch, Settings
+from orpo_kernels.integrations.fused import Batch
+from orpo_kernels.integrations.trainer import Settings
 
 transformers.logging.set_verbosity_error()
 

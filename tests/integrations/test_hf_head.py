@@ -11,7 +11,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from orpo_kernels.integrations import trainer as fusing
+from orpo_kernels.integrations import fused as fusing
+from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import Reading, head_module, probes, read
 from tests.integrations.models import ROWS, VOCAB, FakePatch, FakeTrainer, batch, build, llama
 
@@ -23,14 +24,14 @@ def logps_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 def fused(model: Any, trainer: Any = None, data: Any = None) -> Any:
     trainer = trainer or FakeTrainer()
-    site = fusing.find_site(trainer, model)
-    assert isinstance(site, fusing.Site), site
+    site = patching.find_site(trainer, model)
+    assert isinstance(site, patching.Site), site
     return fusing.fused_logprobs(FakePatch(), trainer, model, site, data or batch())
 
 
 def reading_of(model: Any) -> Reading:
-    (known,) = fusing._memories[model][model.get_output_embeddings()].readings.values()
-    return known.reading
+    ((_, reading),) = fusing._known[model].values()
+    return reading
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -42,10 +43,8 @@ def test_every_head_of_transformers(name: str) -> None:
         logits = model(**data.inputs).logits
         theirs, ours = logps_of(logits, data.answer), fused(model, data=data)
         rounding = 4 * torch.finfo(torch.float32).eps * logits[logits > -1e30].abs().max().item()
-        torch.testing.assert_close(ours.result.answer.double(), theirs, rtol=0, atol=rounding + 1e-6)
-        torch.testing.assert_close(
-            ours.result.nll.double(), logps_of(logits[:2], data.nll), rtol=0, atol=rounding + 1e-6
-        )
+        torch.testing.assert_close(ours[0].answer.double(), theirs, rtol=0, atol=rounding + 1e-6)
+        torch.testing.assert_close(ours[0].nll.double(), logps_of(logits[:2], data.nll), rtol=0, atol=rounding + 1e-6)
     assert str(reading_of(model)) == expected
 
 
@@ -151,7 +150,7 @@ def test_a_configuration_that_changes_is_read_again() -> None:
         data = batch()
         with torch.no_grad():
             theirs = logps_of(model(**data.inputs).logits, data.answer)
-        torch.testing.assert_close(fused(model).result.answer.double(), theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(fused(model)[0].answer.double(), theirs, rtol=0, atol=1e-5)
         assert reading_of(model).softcap == cap
 
 
@@ -174,7 +173,7 @@ def test_a_buffer_that_changes_is_read_again() -> None:
         data = batch()
         with torch.no_grad():
             theirs = logps_of(model(**data.inputs).logits, data.answer)
-        torch.testing.assert_close(fused(model).result.answer.double(), theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(fused(model)[0].answer.double(), theirs, rtol=0, atol=1e-5)
         with torch.no_grad():
             model.final_logits_bias += torch.randn(VOCAB)
 
@@ -193,7 +192,9 @@ def test_heads_that_cannot_be_replaced() -> None:
     assert "ParametrizedLinear, not a plain nn.Linear" in str(head_module(model))
     model = llama()
     model.lm_head.forward = lambda hidden: 2 * nn.Linear.forward(model.lm_head, hidden)
-    assert fusing.find_site(FakeTrainer(), model) == "its head's forward was replaced, which a fused loss would pass by"
+    assert (
+        patching.find_site(FakeTrainer(), model) == "its head's forward was replaced, which a fused loss would pass by"
+    )
     assert head_module(nn.Linear(2, 2)) == "Linear names no output embeddings"
 
 
@@ -211,10 +212,10 @@ def test_adapters_with_and_without_a_head_of_their_own() -> None:
         with torch.no_grad():
             theirs = logps_of(model(**data.inputs).logits, data.answer)
         trainer = FakeTrainer()
-        site = fusing.find_site(trainer, model)
-        assert isinstance(site, fusing.Site), site
+        site = patching.find_site(trainer, model)
+        assert isinstance(site, patching.Site), site
         ours = fusing.fused_logprobs(FakePatch(), trainer, model, site, data)
-        torch.testing.assert_close(ours.result.answer.double(), theirs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours[0].answer.double(), theirs, rtol=0, atol=1e-4)
         return site.head
 
     trained = compared()

@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from orpo_kernels import OrpoOutput, orpo_loss, reference
-from orpo_kernels.integrations import trainer as fusing
+from orpo_kernels.integrations import fused as fusing
+from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import Reading
 from tests.integrations.models import VOCAB, FakePatch, FakeTrainer, batch, llama
 from tests.integrations.test_hf_head import logps_of
@@ -22,15 +23,15 @@ from tests.integrations.test_hf_head import logps_of
 
 def orpo(model: Any, data: Any = None, trainer: Any = None, patch: Any = None) -> Any:
     trainer = trainer or FakeTrainer()
-    site = fusing.find_site(trainer, model)
-    assert isinstance(site, fusing.Site), site
+    site = patching.find_site(trainer, model)
+    assert isinstance(site, patching.Site), site
     return fusing.fused_orpo(patch or FakePatch(), trainer, model, site, data or batch(), 0.5)
 
 
 def logprobs(model: Any, data: Any = None) -> Any:
     trainer = FakeTrainer()
-    site = fusing.find_site(trainer, model)
-    assert isinstance(site, fusing.Site), site
+    site = patching.find_site(trainer, model)
+    assert isinstance(site, patching.Site), site
     return fusing.fused_logprobs(FakePatch(), trainer, model, site, data or batch())
 
 
@@ -87,8 +88,8 @@ def test_masked_columns_are_masked(value: str, first: int) -> None:
     (wanted,) = torch.autograd.grad(truth, finite.lm_head.weight)
     for _ in range(2):  # the batch that is checked, and one that is not
         fused = orpo(model, data)
-        (ours,) = torch.autograd.grad(fused.tracked, model.lm_head.weight)
-        torch.testing.assert_close(fused.tracked.double(), truth, rtol=1e-5, atol=0)
+        (ours,) = torch.autograd.grad(fused[0].loss, model.lm_head.weight)
+        torch.testing.assert_close(fused[0].loss.double(), truth, rtol=1e-5, atol=0)
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
         assert ours[first:].abs().max() == 0
 
@@ -125,7 +126,7 @@ def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.M
     for model in (first, first, second, second):
         data = batch()
         fused = orpo(model, data, trainer)
-        torch.testing.assert_close(fused.tracked.double(), stock_loss(model, data), rtol=1e-5, atol=0)
+        torch.testing.assert_close(fused[0].loss.double(), stock_loss(model, data), rtol=1e-5, atol=0)
     assert len(asked) == 2
     second.lm_head = nn.Linear(32, VOCAB, bias=False)
     orpo(second, trainer=trainer)
@@ -223,7 +224,7 @@ class ByKeyword(Never):
 
 def test_a_head_called_by_keyword() -> None:
     data, model = batch(), llama(ByKeyword)
-    torch.testing.assert_close(orpo(model, data).tracked.double(), stock_loss(model, data), rtol=1e-5, atol=0)
+    torch.testing.assert_close(orpo(model, data)[0].loss.double(), stock_loss(model, data), rtol=1e-5, atol=0)
 
 
 def test_an_error_of_the_model_is_its_own() -> None:
@@ -252,7 +253,7 @@ def test_other_threads_get_the_models_own_logits(monkeypatch: pytest.MonkeyPatch
     def outside() -> None:
         with torch.no_grad():
             found.append(model(**data.inputs).logits)
-        found.append(orpo(model, data).tracked.item())
+        found.append(orpo(model, data)[0].loss.item())
 
     inside = fusing.orpo_loss
 
@@ -265,7 +266,7 @@ def test_other_threads_get_the_models_own_logits(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(fusing, "orpo_loss", score)
     for _ in range(2):
-        assert orpo(model, data).tracked.item() == pytest.approx(truth, rel=1e-5)
+        assert orpo(model, data)[0].loss.item() == pytest.approx(truth, rel=1e-5)
         logits, loss = found
         torch.testing.assert_close(logits, wanted, rtol=0, atol=0)
         assert loss == pytest.approx(truth, rel=1e-5)
@@ -284,9 +285,9 @@ def test_the_nll_is_scored_with_its_own_labels() -> None:
     truth = logps_of(logits, data.answer), logps_of(logits[:2], nll)
     for _ in range(2):
         fused = logprobs(model, data)
-        torch.testing.assert_close(fused.result.answer.double(), truth[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(fused.result.nll.double(), truth[1], rtol=0, atol=1e-5)
-    (ours,) = torch.autograd.grad(fused.result.nll.sum(), model.lm_head.weight)
+        torch.testing.assert_close(fused[0].answer.double(), truth[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(fused[0].nll.double(), truth[1], rtol=0, atol=1e-5)
+    (ours,) = torch.autograd.grad(fused[0].nll.sum(), model.lm_head.weight)
     (wanted,) = torch.autograd.grad(truth[1].sum(), model.lm_head.weight)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
@@ -329,7 +330,7 @@ def test_a_kernel_that_fails_gives_way_to_torch(log: pytest.LogCaptureFixture, m
     patch, model, data = FakePatch(), llama(), batch()
     for _ in range(2):
         fused = orpo(model, data, patch=patch)
-        torch.testing.assert_close(fused.tracked.double(), stock_loss(model, data), rtol=1e-5, atol=0)
+        torch.testing.assert_close(fused[0].loss.double(), stock_loss(model, data), rtol=1e-5, atol=0)
     assert patch.settings.backend == "torch"
     (line,) = (line for line in log.messages if "torch backend" in line)
     assert line.endswith("failed: RuntimeError: PassManager::run failed on sm_999")
@@ -340,23 +341,23 @@ def test_a_kernel_that_fails_gives_way_to_torch(log: pytest.LogCaptureFixture, m
 def test_settings_come_from_arguments_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ORPO_KERNELS_BACKEND", raising=False)
     monkeypatch.delenv("ORPO_KERNELS_WORKSPACE_BYTES", raising=False)
-    assert fusing.Settings.chosen(None, None) == fusing.Settings("auto", None)
+    assert patching.Settings.chosen(None, None) == patching.Settings("auto", None)
     monkeypatch.setenv("ORPO_KERNELS_BACKEND", "torch")
     monkeypatch.setenv("ORPO_KERNELS_WORKSPACE_BYTES", "1000000")
-    assert fusing.Settings.chosen(None, None) == fusing.Settings("torch", 1_000_000)
-    assert fusing.Settings.chosen("triton", 5) == fusing.Settings("triton", 5)
+    assert patching.Settings.chosen(None, None) == patching.Settings("torch", 1_000_000)
+    assert patching.Settings.chosen("triton", 5) == patching.Settings("triton", 5)
     with pytest.raises(ValueError, match=r"backend must be 'auto' or one of \[.*\], got 'cuda'"):
-        fusing.Settings.chosen("cuda", None)
+        patching.Settings.chosen("cuda", None)
     with pytest.raises(ValueError, match="workspace_bytes must be a positive number of bytes, got '-1'"):
-        fusing.Settings.chosen(None, -1)
+        patching.Settings.chosen(None, -1)
     monkeypatch.setenv("ORPO_KERNELS_BACKEND", "tpu")
     with pytest.raises(ValueError, match="ORPO_KERNELS_BACKEND must be"):
-        fusing.Settings.chosen(None, None)
+        patching.Settings.chosen(None, None)
     monkeypatch.setenv("ORPO_KERNELS_WORKSPACE_BYTES", "1 GiB")
     with pytest.raises(
         ValueError, match="ORPO_KERNELS_WORKSPACE_BYTES must be a positive number of bytes, got '1 GiB'"
     ):
-        fusing.Settings.chosen("torch", None)
+        patching.Settings.chosen("torch", None)
 
 
 def test_settings_reach_the_loss(log: pytest.LogCaptureFixture) -> None:
@@ -365,7 +366,7 @@ def test_settings_reach_the_loss(log: pytest.LogCaptureFixture) -> None:
         data = batch(pairs=4, length=40)
         truth = stock_loss(model := llama(), data)
         fused = orpo(model, data, patch=FakePatch(backend="torch", workspace_bytes=workspace))
-        torch.testing.assert_close(fused.tracked.double(), truth, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fused[0].loss.double(), truth, rtol=1e-5, atol=0)
         assert plan in log.messages[-1]
 
 
@@ -386,7 +387,7 @@ def test_metrics_of_all_ranks_take_one_collective() -> None:
         torch.randn(4, 9, 8), torch.randn(VOCAB, 8), batch().answer, nll_labels=batch().nll, backend="torch"
     )
     ranks = Ranks()
-    metrics = fusing.metrics_of_all_ranks(ranks, out)
+    metrics = patching.metrics_of_all_ranks(ranks, out)
     assert ranks.calls == 1
     assert list(metrics) == list(out.metrics())
     kept = torch.cat([out.chosen_logps, out.chosen_logps + 1])[:3]  # the fourth sample is the sampler's repetition
