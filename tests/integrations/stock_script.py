@@ -43,17 +43,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **tokens, num_key_value_heads=2))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ORPOConfig(
-            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=2, logging_steps=1, bf16=False,
-            learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", max_length=32, disable_tqdm=True,
-        )  # fmt: skip
+        quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+        size = {"max_steps": options.steps, "per_device_train_batch_size": 2, "max_length": 32, "learning_rate": 1e-2}
+        arguments = ORPOConfig(output_dir=folder, use_cpu=True, bf16=False, **quiet, **size)
         trainer = ORPOTrainer(model=model, args=arguments, processing_class=tokenizer(), train_dataset=pairs(16))
         trainer.train()
     if trainer.accelerator.is_main_process:

@@ -216,6 +216,17 @@ def test_a_model_that_changes_its_ways_is_an_error() -> None:
         orpo(model)
 
 
+def test_a_model_is_judged_in_each_mode() -> None:
+    """One that cannot be fused in evaluation is fused in training all the same."""
+    model = llama(Moody).eval()
+    model.chunks = 3
+    assert isinstance(orpo(model), str)
+    model.train().chunks = 1
+    assert not isinstance(orpo(model), str)
+    model.eval()
+    assert isinstance(orpo(model), str)
+
+
 class ByKeyword(Never):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         hidden = self.model(input_ids, attention_mask=attention_mask)[0]
@@ -234,6 +245,27 @@ def test_an_error_of_the_model_is_its_own() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         orpo(llama(Broken))
+
+
+def test_memory_that_runs_out_is_an_error_and_no_refusal() -> None:
+    """The next batch may fit: the model is not judged by one that did not."""
+    model = llama(OutOnce)
+    with pytest.raises(torch.OutOfMemoryError):
+        orpo(model)
+    assert not isinstance(orpo(model), str)
+
+
+class OutOnce(transformers.LlamaForCausalLM):
+    """A model whose first batch does not fit."""
+
+    due = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if self.due:
+            self.due = False
+            raise torch.OutOfMemoryError
+        return output
 
 
 def test_labels_out_of_range_are_an_error_and_no_refusal() -> None:
