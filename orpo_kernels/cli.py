@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         return doctor()
     if options.target is None:
-        run.error(f"{'-m needs the name of a module' if options.module else 'a script is missing'}")
+        run.error("-m needs the name of a module" if options.module else "a script is missing")
     for variable, value in (
         ("ORPO_KERNELS_BACKEND", options.backend),
         ("ORPO_KERNELS_WORKSPACE_BYTES", options.workspace_bytes),
@@ -176,8 +176,7 @@ def _their_traceback(
     kept = trace
     while kept is not None and kept.tb_frame.f_code is not run_script.__code__:
         kept = kept.tb_next
-    kept = kept.tb_next if kept is not None else None
-    while kept is not None and kept.tb_frame.f_globals.get("__name__") == "runpy":
+    while kept is not None and kept.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
         kept = kept.tb_next
     if kept is not None or isinstance(error, SyntaxError):
         trace = kept
@@ -191,11 +190,10 @@ def doctor() -> int:
     print(f"orpo_kernels {orpo_kernels.__version__}, python {platform.python_version()}, {platform.platform()}")
     for library in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger-kernel"):
         print(f"  {library:<13} {_version(library) or 'not installed'}")
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         print(f"device: {torch.cuda.get_device_name()} ({torch.cuda.device_count()} visible)")
     else:
-        device = torch.device("cpu")
         print(f"device: cpu, {torch.get_num_threads()} threads")
     used = False
     for backend in by_preference(device):
