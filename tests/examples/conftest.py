@@ -1,17 +1,5 @@
-"""Tiny models: several threads in each of several workers cost more than they give, here and in child processes."""
+"""Tiny models here too: one thread each."""
 
-import os
-from collections.abc import Iterator
+from tests.integrations.conftest import _one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
+__all__ = ["_one_thread"]
