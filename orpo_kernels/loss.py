@@ -212,8 +212,7 @@ def orpo_loss(
     Source: Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691.
     """
     objective = ORPO(beta)
-    head = Head(weight, bias, logit_scale, softcap)
-    batch = Batch(labels, nll_labels, cu_seqlens)
+    head, batch = Head(weight, bias, logit_scale, softcap), Batch(labels, nll_labels, cu_seqlens)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()

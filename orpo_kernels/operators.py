@@ -32,9 +32,7 @@ class Packed(NamedTuple):
 
     tensors: list[Tensor]
     text: str
-    floats: (
-        Tensor  # float64, on the CPU: the compiler makes a constant of a number, and a variable of a tensor's factor
-    )
+    floats: Tensor  # float64, on the CPU: the compiler makes a constant of a number that an operator takes
     ints: list[int]
 
 
