@@ -60,13 +60,16 @@ def values(x: LazyLogits, operation: str) -> Tensor:
 
     Without gradient, logits of one position a sequence are what generation reads: no word about them.
     """
-    if x.own is None or (not x.changed and x.requires_grad and torch.is_grad_enabled() and not x.own.requires_grad):
+    leaf = x.is_leaf and x.requires_grad
+    follows = x.requires_grad and torch.is_grad_enabled() and not leaf and not x.changed
+    if x.own is None or (follows and not x.own.requires_grad):
         view = x.view_of
         if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
             view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
-        keep(x, DenseNode.apply(x))
+        # A leaf's graph has the leaf in it: with a graph of their own its values would keep it alive for ever.
+        keep(x, x.view_of.dense() if leaf else DenseNode.apply(x))
     assert x.own is not None
-    return x.own
+    return DenseNode.apply(x, x.own) if leaf and torch.is_grad_enabled() else x.own
 
 
 def _changes_first(func: Any, name: str) -> bool:
@@ -147,8 +150,8 @@ def _settle(x: LazyLogits) -> None:
                 own.mul_(scale)
         else:
             with torch.set_grad_enabled(x.requires_grad):
-                own = own * scale
-        x.own, x.changed = own, True
+                x.own = own * scale
+        x.changed = True
 
 
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

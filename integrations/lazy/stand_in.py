@@ -21,7 +21,7 @@ from torch import Tensor
 
 from orpo_kernels.engine import refuse_second_derivatives
 from orpo_kernels.integrations.lazy.gradient import Dense, Map, Term, Terms, added
-from orpo_kernels.integrations.lazy.rows import Root
+from orpo_kernels.integrations.lazy.rows import Inputs, Root
 
 _aten = torch.ops.aten
 
@@ -125,6 +125,7 @@ class LazyLogits(torch.Tensor):
     own: Tensor | None  # the values, once something changed them in place or needed all of them
     changed: bool  # whether ``own`` is no longer what the view says
     lost: str | None  # why it cannot be used any more
+    inputs: Inputs  # of the root, which live as long as this does
     own_version: int  # of ``own`` as it was computed
     edits: list[Edit]  # of views that share memory
 
@@ -134,7 +135,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
-        self.own_version = 0
+        self.own_version, self.inputs = 0, view.root.inputs()
         views = view.root.views
         views.append(weakref.ref(self))
         if len(views) % 64 == 0:
@@ -294,6 +295,7 @@ class HeadNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
         ctx.save_for_backward(hidden, weight, bias)
+        view.root.node = weakref.ref(ctx)
         ctx.set_materialize_grads(False)
         ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
         return LazyLogits(view)
@@ -353,14 +355,14 @@ class DenseNode(torch.autograd.Function):
     """From a stand-in to its values."""
 
     @staticmethod
-    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+    def forward(ctx: Any, x: LazyLogits, own: Tensor | None = None) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view = x.view_of
-        return x.view_of.dense()
+        return x.view_of.dense() if own is None else own.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad))
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad)), None
 
 
 class ReduceNode(torch.autograd.Function):

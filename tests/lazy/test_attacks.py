@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.integrations import fuse
+from orpo_kernels.integrations.lazy import rows
 
 V, H = 13, 6
 TOKENS = torch.arange(V, dtype=torch.float64)
@@ -228,3 +230,103 @@ def test_a_single_tokens_logits_changed_in_place_are_refused() -> None:
     logits[..., 3].fill_(-5.0)
     with pytest.raises(RuntimeError, match=r"logits\[\.\.\., token\] = value"):
         logits.log_softmax(-1)
+
+
+# What is left after a step.
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: a step's tensors must go with their last name."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def calls_alive() -> int:
+    """Calls of a head that something still refers to."""
+    return len(rows._roots)
+
+
+def leaf_step(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    logits = model(x)
+    leaf = logits.detach().requires_grad_()
+    loss = leaf.sort(-1).values[..., -3:].pow(2).sum() + logps(leaf, y).sum()
+    loss.backward()
+    logits.backward(leaf.grad)
+    return loss.detach()
+
+
+step(leaf_step)
+
+
+def plain_step(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    loss = logps(model(x), y).mean()
+    loss.backward()
+    return loss
+
+
+def evaluation(model: Tiny, x: Tensor, y: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        logits = model(x)
+        return [logits.logsumexp(-1, keepdim=True), logps(logits, y), logits.argmax(-1)]
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("of", [plain_step, evaluation, leaf_step, masked_and_assigned, nested_views_scaled])
+def test_nothing_of_a_step_is_left(of: Step) -> None:
+    model, before = fuse(Tiny()), calls_alive()
+    kept = []
+    for _ in range(3):
+        kept += [x.detach() for x in torch.utils._pytree.tree_leaves(of(model, *ids()))]
+    assert calls_alive() == before
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_loss_kept_with_its_graph_keeps_no_hidden_states() -> None:
+    model = fuse(Tiny())
+    total: Any = 0
+    for _ in range(3):
+        total = total + plain_step(model, *ids())
+    assert all(root._inputs() is None for root in rows._roots.values() if root.site is model.head.forward.site)
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
+
+
+# Logits used after what they are made of has changed.
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_of_before_an_optimisers_step_are_refused(gradient: bool, fused: bool) -> None:
+    model = fuse(Tiny())
+    optimiser = torch.optim.AdamW(model.parameters(), fused=fused)
+    x, y = ids()
+    with torch.set_grad_enabled(gradient):
+        old = model(x)
+    logps(model(x), y).mean().backward()
+    optimiser.step()
+    with pytest.raises(RuntimeError, match="an optimiser's step"):
+        old.logsumexp(-1)
+
+
+def test_another_models_optimiser_leaves_logits_alone() -> None:
+    model, other = fuse(Tiny()), fuse(Tiny())
+    optimiser = torch.optim.SGD(other.parameters(), lr=0.1)
+    x, y = ids()
+    logits = model(x)
+    logps(other(x), y).mean().backward()
+    optimiser.step()
+    logps(logits, y).mean().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_logits_of_hidden_states_that_were_changed_in_place_are_refused() -> None:
+    model = fuse(Tiny())
+    with torch.no_grad():
+        hidden = model.hidden(ids()[0])
+        logits = model.head(hidden)
+        hidden.zero_()
+        with pytest.raises(RuntimeError, match="hidden states"):
+            logits.logsumexp(-1)
