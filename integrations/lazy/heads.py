@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
@@ -46,7 +47,7 @@ class _LazyForward:
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # which autocast leaves alone
             to = torch.get_autocast_dtype(device)
             input, weight = input.to(to), weight.to(to)
             bias = None if bias is None else bias.to(to)
@@ -64,6 +65,8 @@ class _LazyForward:
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if tracing or torch.compiler.is_exporting() or type(input) not in (Tensor, nn.Parameter):
             return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return False  # vmap, torch.func and forward-mode derivatives
         if input.dim() < 2 or not input.is_floating_point() or input.is_meta or input.numel() == 0:
             return False
         return torch.is_grad_enabled() or (not torch.is_inference_mode_enabled() and input.shape[-2] > 1)

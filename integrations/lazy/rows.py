@@ -35,7 +35,6 @@ class Site:
     def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
-        _sites[id(self)] = self
         self.moments: set[Any] = set()  # keys of maps whose moments were wanted: later passes form them in passing
 
     def select(self, hidden: Tensor) -> Backend:
@@ -51,9 +50,6 @@ class Site:
             raise error
         self.backend = "torch"
         self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
-
-
-_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
 
 class Inputs:
@@ -107,7 +103,8 @@ class Root:
         """
         inputs, node = self._inputs(), None if self.node is None else self.node()
         if inputs is None and node is not None:
-            inputs = Inputs(*node.saved_tensors)  # which checks that nobody has changed them
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
             self._inputs = weakref.ref(inputs)
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
@@ -210,12 +207,21 @@ class Root:
     def count(self, products: float) -> None:
         self.site.report.products += products / max(self.rows.numel(), 1)
 
-    def backward(self, terms: Sequence[Term], weight: Tensor, bias: Tensor | None) -> Grads:
+    def unpacked(self, node: Any) -> Inputs:
+        """The tensors of the call in its node's backward, where they are checked to be as they were."""
+        found = node.unpacked
+        if found is None:
+            found = Inputs(*node.saved_tensors)
+            if self._inputs() is None:
+                self._inputs = weakref.ref(found)
+        node.unpacked = None
+        return found
+
+    def backward(self, terms: Sequence[Term], inputs: Inputs) -> Grads:
         """The gradients of hidden, weight and bias for the sum of the terms."""
         from orpo_kernels.integrations.lazy.products import Dense, Sparse
 
-        inputs = self.inputs()  # kept until the products are done  # noqa: F841
-        weights = weight.detach(), None if bias is None else bias.detach()
+        weights = inputs.weight, inputs.bias
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
@@ -359,17 +365,13 @@ class Table:
 def expire(optimiser: Any, *_: Any) -> None:
     """An optimiser is about to step: what is not computed yet of the heads it trains never will be.
 
-    An optimiser may train copies of the weights, in another precision or sharded. One that has a fused head's own
-    weight does not, and leaves the other heads alone.
+    An optimiser may train copies of the weights, flat, sharded or in another precision, which are no plain parameters.
     """
-    trained = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-
-    def is_trained(module: nn.Module) -> bool:
-        return any(id(parameter) in trained for parameter in module.parameters())
-
-    sites = [site for each in _sites.valuerefs() if (site := each()) is not None]
-    knows = any(is_trained(site.module) for site in sites)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    copies = any(type(p) is not nn.Parameter or hasattr(p, "_is_flat_param") for p in parameters)
+    trained = {id(parameter) for parameter in parameters}
     for each in _roots.valuerefs():
         root = each()
-        if root is not None and (is_trained(root.site.module) if knows else root.trainable):
-            root.expired = True
+        if root is not None and root.trainable:
+            own = any(id(parameter) in trained for parameter in root.site.module.parameters())
+            root.expired = root.expired or own or copies
