@@ -49,6 +49,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _change(torch.Tensor.copy_, "out=", (out, call(func, args, kwargs)), {})
     if out is not None:
         kwargs = {**kwargs, "out": out}
+    if name in raised_by_autocast(lazies):
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, _in_float32, (args, kwargs))
     if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
         with _outside_inference():
             result = HANDLERS[name](*args, **kwargs)
@@ -60,6 +62,21 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _outside_inference():
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     return func(*args, **kwargs)
+
+
+# Operations that autocast computes in float32. The lists are torch's own for each device type.
+RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "sum", "exp", "log"}
+
+
+def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
+    """Operations that autocast computes in float32 where it is on."""
+    device = lazies[0].device.type if lazies else "cpu"
+    return RAISED.get(device, frozenset()) if torch.is_autocast_enabled(device) else frozenset()
+
+
+def _in_float32(x: LazyLogits) -> Any:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orpo_kernels.integrations import fuse
+from orpo_kernels.integrations import fuse, fusion_report, unfuse
 from orpo_kernels.integrations.lazy import rows
 
 V, H = 13, 6
@@ -477,7 +477,7 @@ def test_labels_out_of_range_are_refused_as_stock(label: int) -> None:
 
 
 def test_a_compiled_loss_keeps_its_gradient() -> None:
-    x, y = ids()
+    x, _ = ids()
     model = fuse(Tiny())
     purity = torch.compile(lambda logits: logits.softmax(-1).pow(2).sum(-1) + logits.logsumexp(-1), backend="eager")
     purity(model(x)).sum().backward()
@@ -486,3 +486,43 @@ def test_a_compiled_loss_keeps_its_gradient() -> None:
     logits = stock(x)
     (logits.softmax(-1).pow(2).sum(-1) + logits.logsumexp(-1)).sum().backward()
     torch.testing.assert_close(model.head.weight.grad, stock.head.weight.grad)
+
+
+# What becomes of a model after fuse.
+
+
+def test_a_head_that_took_anothers_place_is_fused_by_fuse() -> None:
+    model = fuse(Tiny())
+    model.head = nn.Linear(H, V, bias=False, dtype=torch.float64)
+    assert type(model(ids()[0])) is Tensor
+    assert type(fuse(model)(ids()[0])) is not Tensor
+
+
+def test_a_copy_of_a_fused_model_reports_and_is_unfused_by_itself() -> None:
+    model = fuse(Tiny())
+    twin = copy.deepcopy(model)
+    twin(ids()[0])
+    assert fusion_report(twin).fused
+    assert (fusion_report(twin).calls, fusion_report(model).calls) == (1, 0)
+    assert type(unfuse(twin)(ids()[0])) is Tensor
+    assert type(model(ids()[0])) is not Tensor
+
+
+def test_models_that_share_a_head_share_its_report() -> None:
+    model, other = fuse(Tiny()), Tiny()
+    other.head = model.head
+    fuse(other)(ids()[0])
+    assert fusion_report(model).calls == 1
+    assert type(unfuse(other)(ids()[0])) is Tensor
+    assert not fusion_report(model).fused
+
+
+def test_a_loss_under_autocast_has_the_dtype_of_stock() -> None:
+    x, y = ids()
+    for model in (Tiny(dtype=torch.float32), fuse(Tiny(dtype=torch.float32))):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(x)
+            assert logits.dtype == logits.logsumexp(-1).dtype == torch.bfloat16
+            assert nn.functional.cross_entropy(logits.view(-1, V), y.view(-1)).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fuse(Tiny())(x).dtype == torch.float64  # which autocast leaves alone
