@@ -22,7 +22,7 @@ from benchmarks.harness import machine
 from benchmarks.harness.isolate import execute
 from benchmarks.harness.record import Check, Record, Row, merged
 from benchmarks.problems.sections import gpu_race, rows
-from benchmarks.report import tables, targets
+from benchmarks.report import promises, tables
 
 SUITE = (
     *(f"tests/core/test_{name}.py" for name in ("accuracy", "finite", "plan", "surface", "compile", "objectives")),
@@ -141,7 +141,7 @@ def summary(device: torch.device, found: Record) -> None:
     if device.type == "cpu":
         print("toy sizes on a CPU: no target applies")
         return
-    verdicts = pd.DataFrame(targets.verdicts("gpu", found))
+    verdicts = pd.DataFrame(promises.verdicts("gpu", found))
     missed = verdicts[verdicts.holds == False]  # noqa: E712  None is neither
     print(f"\nmisses its target\n{tables.text(missed.drop(columns='holds'))}")
     unknown, held = verdicts.holds.isna().sum(), (verdicts.holds == True).sum()  # noqa: E712

@@ -23,7 +23,7 @@ from benchmarks.lab.compile import CompileRow
 from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
-from benchmarks.report import tables, targets
+from benchmarks.report import promises, tables
 from benchmarks.report.plots import plot
 
 Table = Callable[[str, Record], str]  # class of machine and record to text; "" where the record has nothing for it
@@ -166,7 +166,7 @@ def _accuracy(_: str, found: Record) -> str:
 
 def _targets(machine_class: str, found: Record) -> str:
     """What was promised beside what was measured, as factors: larger is better."""
-    lines = [(*verdict[:3], verdict.word) for verdict in targets.verdicts(machine_class, found)]
+    lines = [(*verdict[:3], verdict.word) for verdict in promises.verdicts(machine_class, found)]
     return tables.markdown(tables.listed(("claim", "bound", "measured", "holds"), lines)) if found.rows else ""
 
 

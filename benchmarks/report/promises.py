@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
         return "not measured" if self.holds is None else "yes" if self.holds else "no"
 
 
-class Target(NamedTuple):
+class Promise(NamedTuple):
     """The figure of ``other`` over that of ``provider`` is at least ``bound``; without ``other``, the figure itself is
     at most ``bound``. The floor is timed in turn with whom it is compared."""
 
@@ -42,69 +42,69 @@ def _group(case: str, batch: str, head: str, dtype: str = "bfloat16", phase: str
     return Row(case, batch, "trained-like", head, dtype, phase).group
 
 
-def _on_cpu() -> Iterable[Target]:
+def _on_cpu() -> Iterable[Promise]:
     large = _group("qwen2.5-0.5b-cpu", "ragged-cpu", "trainable")
-    yield Target("floor / time, bfloat16, V 128256", large, 1 / 1.25, FLOOR)
-    yield Target("faster than Liger uncompiled, bfloat16, V 128256", large, 5, "liger_eager")
-    yield Target("faster than naive, bfloat16, V 128256", large, 3.5, "naive")
-    yield Target("less memory of the process than naive, bfloat16, V 128256", large, 3, "naive", "peak_rss_mib")
+    yield Promise("floor / time, bfloat16, V 128256", large, 1 / 1.25, FLOOR)
+    yield Promise("faster than Liger uncompiled, bfloat16, V 128256", large, 5, "liger_eager")
+    yield Promise("faster than naive, bfloat16, V 128256", large, 3.5, "naive")
+    yield Promise("less memory of the process than naive, bfloat16, V 128256", large, 3, "naive", "peak_rss_mib")
     for case, vocab, least in (("qwen2.5-0.5b-cpu", 128256, 1.5), ("small-v32k-cpu", 32000, 1)):
         group = _group(case, "ragged-cpu", "trainable", "float32")
-        yield Target(f"faster than naive, float32, V {vocab}", group, least, "naive")
+        yield Promise(f"faster than naive, float32, V {vocab}", group, least, "naive")
 
 
 RIVALS = ("naive", "compiled", "cce", "trl_fused")
 LIGER = ("liger", "liger_eager")
 
 
-def _on_gpu() -> Iterable[Target]:
+def _on_gpu() -> Iterable[Promise]:
     for case in GPU_CASES:
         accumulator = 4 * CASES[case].vocab * CASES[case].features / 2**20
         for batch in GPU_BATCHES:
             ragged = batch == "ultrafeedback"
             for head in HEADS:
                 where, group, trains = f"{case}, {batch}, {head}", _group(case, batch, head), head == "trainable"
-                yield Target(f"floor / time, {where}", group, 1 / (1.10 if trains else 1.15), FLOOR)
-                yield Target(f"memory, {where}", group, GIB_IN_MIB + accumulator * trains, figure="peak_mib")
+                yield Promise(f"floor / time, {where}", group, 1 / (1.10 if trains else 1.15), FLOOR)
+                yield Promise(f"memory, {where}", group, GIB_IN_MIB + accumulator * trains, figure="peak_mib")
                 for rival in RIVALS:
-                    yield Target(f"faster than {rival}, {where}", group, 1.5 if ragged else 1.0, rival)
+                    yield Promise(f"faster than {rival}, {where}", group, 1.5 if ragged else 1.0, rival)
                 for liger in LIGER:
-                    yield Target(f"faster than {liger}, {where}", group, 5.0 if ragged else 1.0, liger)
+                    yield Promise(f"faster than {liger}, {where}", group, 5.0 if ragged else 1.0, liger)
             where, group = f"{case}, {batch}, trainable in 1 GiB", _group(case, batch, "trainable")
-            yield Target(f"memory, {where}", group, GIB_IN_MIB, figure="peak_mib", provider="ours_recompute")
+            yield Promise(f"memory, {where}", group, GIB_IN_MIB, figure="peak_mib", provider="ours_recompute")
             if (
                 BATCHES[batch].targets * CASES[case].vocab * 2 > 2**30
             ):  # E does not fit, so it is computed again: 4 passes
-                yield Target(f"floor / time, {where}", group, 3 / 4 / 1.10, FLOOR, provider="ours_recompute")
+                yield Promise(f"floor / time, {where}", group, 3 / 4 / 1.10, FLOOR, provider="ours_recompute")
             evaluation = _group(case, batch, "trainable", phase="forward")
-            yield Target(f"floor / time, {case}, {batch}, evaluation", evaluation, 1 / 1.15, FLOOR)
-            yield Target(f"memory, {case}, {batch}, evaluation", evaluation, GIB_IN_MIB, figure="peak_mib")
+            yield Promise(f"floor / time, {case}, {batch}, evaluation", evaluation, 1 / 1.15, FLOOR)
+            yield Promise(f"memory, {case}, {batch}, evaluation", evaluation, GIB_IN_MIB, figure="peak_mib")
 
 
-TARGETS = {"cpu": tuple(_on_cpu()), "gpu": tuple(_on_gpu())}
+PROMISES = {"cpu": tuple(_on_cpu()), "gpu": tuple(_on_gpu())}
 
 
 def verdicts(machine_class: str, found: Record) -> list[Verdict]:
     """Every claim about such a machine beside what the record holds."""
     rows = {row.key: row for row in found.rows}
-    out = [_verdict(target, rows) for target in TARGETS[machine_class]]
+    out = [_verdict(promise, rows) for promise in PROMISES[machine_class]]
     return out if machine_class == "cpu" else [*out, *_accurate(found.accuracy)]
 
 
-def _verdict(target: Target, rows: dict[tuple[str, ...], Row]) -> Verdict:
-    ours, other = rows.get((*target.group, target.provider)), rows.get((*target.group, target.other))
-    mine, theirs = (None if row is None else getattr(row, target.figure) for row in (ours, other))
-    if not target.other:
-        bound = f"at most {target.bound:.0f} MiB"
+def _verdict(promise: Promise, rows: dict[tuple[str, ...], Row]) -> Verdict:
+    ours, other = rows.get((*promise.group, promise.provider)), rows.get((*promise.group, promise.other))
+    mine, theirs = (None if row is None else getattr(row, promise.figure) for row in (ours, other))
+    if not promise.other:
+        bound = f"at most {promise.bound:.0f} MiB"
         measured = "-" if mine is None else f"{mine:.0f} MiB"
-        return Verdict(target.claim, bound, measured, None if mine is None else mine <= target.bound)
-    if target.other == FLOOR and ours is not None:
+        return Verdict(promise.claim, bound, measured, None if mine is None else mine <= promise.bound)
+    if promise.other == FLOOR and ours is not None:
         theirs = ours.floor_ms  # timed in turn with ours, not minutes apart
-    bound = f"at least {target.bound:.2g}"
+    bound = f"at least {promise.bound:.2g}"
     if not mine or not theirs:
         reason = "" if other is None or other.status == "ok" else f"{other.status}: {other.reason}"
-        return Verdict(target.claim, bound, reason or "-", None)
-    return Verdict(target.claim, bound, f"{theirs / mine:.2f}", theirs / mine >= target.bound)
+        return Verdict(promise.claim, bound, reason or "-", None)
+    return Verdict(promise.claim, bound, f"{theirs / mine:.2f}", theirs / mine >= promise.bound)
 
 
 def _accurate(rows: Sequence[AccuracyRow]) -> Iterable[Verdict]:
