@@ -1,7 +1,5 @@
 """``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train, tune, profile, gpu."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ process each, in the order A B B A: whatever slows the machine for a while meets
 This module is imported with either package, so it takes no more of one than ``orpo_loss``.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import tempfile

@@ -5,8 +5,6 @@ types, constants and tiles of the chip's row in the configuration table, is comp
 spills and shared memory come from the assembler's own report, the tensor-core instruction from the assembly.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import subprocess

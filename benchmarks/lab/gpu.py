@@ -4,8 +4,6 @@ Each step has a share of the time; what it did not reach says so in the record. 
 at toy sizes under Triton's interpreter, so that the command cannot rot where there is no GPU.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

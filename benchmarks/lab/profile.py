@@ -4,8 +4,6 @@ torch's profiler serves both devices. Triton ships one of its own, Proton, which
 records the kernels of a GPU only, so that a CPU would need this one beside it, and there has been no GPU to try it on.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -9,8 +9,6 @@ some rounds of both and not all of one. The search for the longest pair has a pr
 out of memory is the end of it.
 """
 
-from __future__ import annotations
-
 import gc
 import random
 import tempfile

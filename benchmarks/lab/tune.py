@@ -4,8 +4,6 @@ A shipped tile serves every batch, so a candidate is judged by its worst ratio o
 ratio taken against a product timed in turn with it. What does not compile, does not fit or is wrong is a row as well.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -1,9 +1,8 @@
 """From a case's data to tensors: labels as TRL has them, and hidden states of a stated log-probability."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class Problem:
     def clear_gradients(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
-    def double(self) -> Problem:
+    def double(self) -> Self:
         """The same numbers in float64, leaves of their own."""
 
         def copy(tensor: Tensor) -> Tensor:

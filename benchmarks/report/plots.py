@@ -1,7 +1,5 @@
 """Two pictures of a record: time and memory by provider, and both as sequences grow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ machine fills it, unless an older one says more (see ``newest``). A table that t
 is. ``compiled`` alone belongs to no machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -26,22 +24,21 @@ from benchmarks.race import RESULTS
 from benchmarks.report import promises, tables
 from benchmarks.report.plots import plot
 
-Table = Callable[[str, Record], str]  # class of machine and record to text; "" where the record has nothing for it
-
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "compiled.md")
 PICTURES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
-HEADLINE = {
+README = {
     "provider": ("provider", ""),
     "ms": ("median_ms", ".0f"),
     "time / ours": ("over_ours", ".2f"),
     "time / floor": ("ratio", ".2f"),
     "peak MiB": ("peak_mib", ".0f"),
-    "RSS MiB": ("peak_rss_mib", ".0f"),
-    "gradient error": ("err_weight", ".1e"),
     "": ("note", ""),
 }
+HEADLINE = {**README, "RSS MiB": ("peak_rss_mib", ".0f"), "gradient error": ("err_weight", ".1e")}
+HEADLINE[""] = HEADLINE.pop("")  # notes stand last
+OTHER_CONTENTS = ("accuracy", "checks")
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
@@ -55,22 +52,17 @@ def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
     found = [(path, Record.load(path)) for path in RESULTS.glob("*.json")]
     for path, record in sorted(found, key=lambda entry: (entry[1].date, entry[0].name)):
         machine_class = "cpu" if path.name.startswith("cpu-") else "gpu"
-        older, known = chosen.get(machine_class), _contents(record)
         asked = {row.key for rows in sections("cpu" if machine_class == "cpu" else "cuda").values() for row in rows}
-        lost = (_contents(older[1]) & (asked | OTHER_CONTENTS)) - known if older else set()
-        if older is None or not lost:
-            chosen[machine_class] = path, record
-        else:
+        older, known = chosen.get(machine_class, (path, record)), _contents(record)
+        if lost := (_contents(older[1]) & {*asked, *OTHER_CONTENTS}) - known:
             refused.append(f"{path.name} lacks {len(lost)} of the measurements in {older[0].name}, which stays shown")
+        else:
+            chosen[machine_class] = path, record
     return chosen, refused
 
 
-OTHER_CONTENTS = {("accuracy",), ("checks",)}
-
-
-def _contents(found: Record) -> set[tuple[str, ...]]:
-    parts = [(name,) for name in ("accuracy", "checks") if getattr(found, name)]
-    return {*(row.key for row in found.rows), *parts}
+def _contents(found: Record) -> set[object]:
+    return {*(row.key for row in found.rows), *(name for name in OTHER_CONTENTS if getattr(found, name))}
 
 
 def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, write: bool = True) -> list[Path]:
@@ -87,19 +79,16 @@ def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, 
                 path.write_text(text)
     for machine_class, (source, found) in records.items():
         picture = pictures / f"{machine_class}.png"
-        if found.rows and _source_in(picture) != _digest(source):
+        digest = f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+        if found.rows and _source_in(picture) != digest:
             differing.append(picture)
             if write:
-                plot(_pictured(found.rows), picture, _digest(source))
+                plot(_pictured(found.rows), picture, digest)
     return differing
 
 
 def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
-    """The document with every marked place written anew.
-
-    Raises:
-        ValueError: a marker names no table.
-    """
+    """The document with every marked place written anew; ValueError for a marker that names no table."""
 
     def table(match: re.Match[str]) -> str:
         if match[2] == "compiled":
@@ -109,73 +98,55 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
         if name not in TABLES:
             raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
         _, found = records.get(machine_class, (None, Record()))
+        versions = ", ".join(sorted({row.torch for row in found.rows}))
+        where = f"Recorded on {found.date} on {found.machine}, torch {versions}, commit {found.commit}.\n\n"
         shown = TABLES[name](machine_class, found)
-        where = _where(found) if name != "picture" else ""
-        return f"{match[1]}{where}{shown}\n{match[3]}" if shown else match[0]
+        return f"{match[1]}{where if name != 'picture' else ''}{shown}\n{match[3]}" if shown else match[0]
 
     return MARKED.sub(table, text)
 
 
-def _headline(machine_class: str, found: Record) -> str:
+def _headline(machine_class: str, found: Record, columns: dict[str, tuple[str, str]]) -> str:
     """The claim: one case, every provider, fastest first."""
-    return _headline_table(machine_class, found, list(HEADLINE))
-
-
-def _readme(machine_class: str, found: Record) -> str:
-    """The headline without the columns that need explaining. Nobody is left out."""
-    shown = [name for name in HEADLINE if name not in ("RSS MiB", "gradient error")]
-    return _headline_table(machine_class, found, shown)
-
-
-def _headline_table(machine_class: str, found: Record, shown: list[str]) -> str:
     members = tables.frame(row for row in found.rows if _is_headline(machine_class, row))
     ours = members[members.provider == "ours"].median_ms
     members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
-    return tables.markdown(tables.cells(members, HEADLINE)[shown]) if len(members) else ""
+    return tables.markdown(tables.cells(members, columns))
 
 
-def _race(task: str) -> Table:
-    def every_row(_: str, found: Record) -> str:
-        """Every row of the record."""
-        members = tables.frame(row for row in found.rows if row.task == task)
-        parts = [(name, tables.cells(part, tables.RACE)) for name, part in tables.groups(members)]
-        return "\n\n".join(f"**{name}**\n\n{tables.markdown(part)}" for name, part in parts)
-
-    return every_row
+def _race(found: Record, task: str) -> str:
+    """Every row of the record."""
+    members = tables.frame(row for row in found.rows if row.task == task)
+    parts = [(name, tables.cells(part, tables.RACE)) for name, part in tables.groups(members)]
+    return "\n\n".join(f"**{name}**\n\n{tables.markdown(part)}" for name, part in parts)
 
 
-def _beaten(_: str, found: Record) -> str:
+def _beaten(found: Record) -> str:
     """Where somebody else is faster or leaner than ours, by how much."""
-    if not found.rows:
-        return ""
-    lost = tables.beaten(found.rows)
-    if lost.empty:
-        return "No provider is faster or leaner than `ours` on any row of this record."
-    return tables.markdown(lost)
+    nobody = "No provider is faster or leaner than `ours` on any row of this record." if found.rows else ""
+    return tables.markdown(tables.beaten(found.rows)) or nobody
 
 
-def _accuracy(_: str, found: Record) -> str:
+def _accuracy(found: Record) -> str:
     """One line a regime: naive and ours of each quantity; what exceeds its bound says so."""
     lines: dict[tuple[str, str], list[str]] = {}
     for row in found.accuracy:
         line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
         line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
     header = [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
-    return tables.markdown(tables.listed(["dtype", "mean logp", *header], lines.values())) if lines else ""
+    return tables.markdown(pd.DataFrame(lines.values(), columns=["dtype", "mean logp", *header]))
 
 
-def _targets(machine_class: str, found: Record) -> str:
+def _promises(machine_class: str, found: Record) -> str:
     """What was promised beside what was measured, as factors: larger is better."""
-    lines = [(*verdict[:3], verdict.word) for verdict in promises.verdicts(machine_class, found)]
-    return tables.markdown(tables.listed(("claim", "bound", "measured", "holds"), lines)) if found.rows else ""
+    table = pd.DataFrame(promises.verdicts(machine_class, found) if found.rows else [])
+    return tables.markdown(table.replace({"holds": {None: "not measured", True: "yes", False: "no"}}))
 
 
-def _checks(_: str, found: Record) -> str:
+def _checks(found: Record) -> str:
     """What was proven beside the race."""
-    lines = [
-        (check.name, check.status, f"{check.seconds:.0f}", check.detail.partition("\n")[0]) for check in found.checks
-    ]
-    return tables.markdown(tables.listed(("check", "status", "seconds", "its last words"), lines)) if lines else ""
+    lines = [(check.name, check.status, f"{check.seconds:.0f}", check.detail.split("\n")[0]) for check in found.checks]
+    return tables.markdown(pd.DataFrame(lines, columns=["check", "status", "seconds", "its last words"]))
 
 
 def _picture(machine_class: str, found: Record) -> str:
@@ -183,16 +154,17 @@ def _picture(machine_class: str, found: Record) -> str:
     return f"![{alternative}](images/{machine_class}.png)" if found.rows else ""
 
 
-TABLES: dict[str, Table] = {
-    "readme": _readme,
-    "headline": _headline,
-    "targets": _targets,
+# From the class of machine and its record to text; "" where the record has nothing for it.
+TABLES: dict[str, Callable[[str, Record], str]] = {
+    "readme": lambda kind, found: _headline(kind, found, README),
+    "headline": lambda kind, found: _headline(kind, found, HEADLINE),
+    "targets": _promises,
     "picture": _picture,
-    "race": _race("loss"),
-    "logprobs": _race("logprobs"),
-    "beaten": _beaten,
-    "accuracy": _accuracy,
-    "checks": _checks,
+    "race": lambda _, found: _race(found, "loss"),
+    "logprobs": lambda _, found: _race(found, "logprobs"),
+    "beaten": lambda _, found: _beaten(found),
+    "accuracy": lambda _, found: _accuracy(found),
+    "checks": lambda _, found: _checks(found),
 }
 
 
@@ -207,11 +179,6 @@ def _compiled() -> str:
     return said + tables.markdown(table)
 
 
-def _where(found: Record) -> str:
-    versions = sorted({row.torch for row in found.rows})
-    return f"Recorded on {found.date} on {found.machine}, torch {', '.join(versions)}, commit {found.commit}.\n\n"
-
-
 def _is_headline(machine_class: str, row: Row) -> bool:
     return row.group == (*HEADLINES[machine_class], "trained-like", "trainable", "bfloat16", "full", "loss", "")
 
@@ -219,14 +186,8 @@ def _is_headline(machine_class: str, row: Row) -> bool:
 def _pictured(rows: Sequence[Row]) -> list[Row]:
     """The headline and the growth with length; every other group would be a picture of the same shape."""
     loss = [row for row in rows if row.task == "loss"]
-    chosen = [
-        row for row in loss if any(_is_headline(kind, row) for kind in HEADLINES) or row.batch.startswith("length-")
-    ]
+    chosen = [row for row in loss if row.batch.startswith("length-") or any(_is_headline(k, row) for k in HEADLINES)]
     return chosen if any(row.median_ms and row.provider != FLOOR for row in chosen) else loss
-
-
-def _digest(source: Path) -> str:
-    return f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
 
 
 def _source_in(picture: Path) -> str | None:
