@@ -1,12 +1,9 @@
-"""The race: the ORPO loss, or log-probabilities under a random upstream gradient, by everyone, checked and then timed.
-
-``measure`` runs in a process of its own; ``run`` and ``record`` ask for it and keep every answer, also those that are
-no figures.
-"""
+"""The race: the loss, or log-probabilities under a random upstream gradient, by everyone, checked and then timed."""
 
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,9 @@ from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
 from benchmarks.harness.record import Keep, Record, Row, merged, no_one
-from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
+from benchmarks.problems.cases import BATCHES, BETA
 from benchmarks.problems.floor import build_floor
-from benchmarks.problems.inputs import Problem, make_problem, make_sample
+from benchmarks.problems.inputs import Problem, problem_of
 from benchmarks.problems.providers import FLOOR, NAIVE, PROVIDERS, Provider, objective
 from benchmarks.problems.sections import sections
 from orpo_kernels import reference
@@ -36,22 +33,14 @@ WARM_UP = {"cpu": 1, "cuda": 3}
 WRONG_FACTOR = 20  # times the naive implementation's own error
 
 
-def run(
-    wanted: Sequence[Row],
-    device: str,
-    *,
-    repeats: int,
-    seconds: float,
-    keep: Keep = no_one,
-    budget: float = float("inf"),
-) -> list[Row]:
-    """One answer for each row; after ``budget`` seconds nothing more is started.
+def run(wanted: Sequence[Row], device: str, *, keep: Keep = no_one, budget: float = inf, **effort: Any) -> list[Row]:
+    """One answer for each row, with an ``EFFORT`` for each; after ``budget`` seconds nothing more is started.
 
     On a GPU, whose allocator counts calls apart, the providers of a head share a process: starting anew would take
     longer than measuring.
     """
-    options = {"device": device, "repeats": repeats, "seconds": seconds}
     together = attrgetter("key" if device == "cpu" else "case")
+    options = {"device": device, **effort}
     return isolate.run("benchmarks.race", wanted, options, together=together, seconds=budget, keep=keep)
 
 
@@ -75,16 +64,14 @@ def measure(rows: Sequence[Row], *, device: str, repeats: int, seconds: float, u
 
 
 def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Row:
-    inputs = STATES[row.states], row.dtype, row.head, device
-    case, batch = CASES[row.case], BATCHES[row.batch]
     provider = PROVIDERS.get(row.provider)
     if provider is not None:
-        row = check(provider, row, make_sample(case, *inputs))
+        row = check(provider, row, problem_of(row, device, sample=True))
         if row.status != "ok":
             return row
         torch.compiler.reset()  # or the sample's shapes would turn what is timed into a dynamic-shape kernel
-    problem = make_problem(case, batch, *inputs)
-    row = row.with_(status="ok", targets=batch.targets, positions=problem.labels.numel())
+    problem = problem_of(row, device)
+    row = row.with_(status="ok", targets=BATCHES[row.batch].targets, positions=problem.labels.numel())
     if provider is None:  # the floor as an entry of its own: its calls are their own yardstick
         cut, floor = build_floor(problem, row.phase)
         (times,) = in_turn([floor], device, repeats=repeats, least=MIN_REPEATS, seconds=seconds)
@@ -146,8 +133,7 @@ def truth(problem: Problem, task: str) -> torch.Tensor:
 def _outputs(problem: Problem, step: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
     """The scalar, and every gradient that there is."""
     problem.clear_gradients()
-    loss = step()
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss := step()).backward()  # type: ignore[no-untyped-call]
     found = {"loss": loss.detach(), **problem.gradients()}
     problem.clear_gradients()
     return found

@@ -118,7 +118,7 @@ class Record:
         if not isinstance(found, dict) or "rows" not in found:
             raise ValueError(f"{path} is not a record of this benchmark: it has no rows; write one with --json")
         kinds = {"rows": Row, "accuracy": AccuracyRow, "checks": Check}
-        lists = {name: [kind(**row) for row in found.get(name, [])] for name, kind in kinds.items()}
+        lists: dict[str, Any] = {name: [kind(**row) for row in found.get(name, [])] for name, kind in kinds.items()}
         return cls(**{name: found[name] for name in ("machine", "date", "commit") if name in found}, **lists)
 
 

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from benchmarks.problems.cases import IGNORE, Batch, Case, Pair, States
+from benchmarks.harness.record import Row
+from benchmarks.problems.cases import BATCHES, CASES, IGNORE, STATES, Batch, Case, Pair, States
 
 # The check against float64 runs on this many tokens at most: two float64 copies of a full head would cost more time and
 # memory than all that is measured. It is no power of two, so that tails are masked here too.
@@ -75,19 +77,19 @@ def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str
     return replace(problem, hidden=hidden.requires_grad_(), weight=weight.requires_grad_(head == "trainable"))
 
 
-def make_sample(case: Case, states: States, dtype: str, head: str, device: torch.device) -> Problem:
-    """A few rows of the same case, small enough for float64."""
-    small = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB))
-    return make_problem(small, SAMPLE_BATCH, states, dtype, head, device)
+def problem_of(row: Row, device: torch.device, *, sample: bool = False) -> Problem:
+    """What the row asks for, or a ``sample``: a few rows of the same case, small enough for float64."""
+    case, batch = CASES[row.case], BATCHES[row.batch]
+    if sample:
+        case, batch = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB)), SAMPLE_BATCH
+    return make_problem(case, batch, STATES[row.states], row.dtype, row.head, device)
 
 
 def make_labels(vocab: int, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Shifted labels and NLL labels, ``[2P, T]`` each: position t names the token after it."""
     pairs = len(batch.pairs)
-    shape = (2 * pairs, batch.positions)
-    tokens = torch.randint(vocab, shape, generator=generator, device=generator.device)
-    labels = torch.full_like(tokens, IGNORE)
-    nll_labels = torch.full_like(tokens, IGNORE)
+    tokens = torch.randint(vocab, (2 * pairs, batch.positions), generator=generator, device=generator.device)
+    labels, nll_labels = torch.full_like(tokens, IGNORE), torch.full_like(tokens, IGNORE)
     for index, pair in enumerate(batch.pairs):
         first = pair.prompt - 1  # the position of the prompt's last token predicts the answer's first
         for row, answer in ((index, pair.chosen), (pairs + index, pair.rejected)):
@@ -110,13 +112,11 @@ def make_hidden(
     normal amounts of variance ``lift^2 / H``, which add to the noise's.
     """
     vocab, features = weight.shape
-    noise_std = states.noise / (WEIGHT_STD * math.sqrt(features))
-    shape = (*targets.shape, features)
-    hidden = torch.randn(shape, generator=generator, device=weight.device) * noise_std
+    normal = partial(torch.randn, generator=generator, device=weight.device)
+    hidden = normal((*targets.shape, features)) * (states.noise / (WEIGHT_STD * math.sqrt(features)))
     if states.margin is not None:
-        spread = torch.randn(targets.shape, generator=generator, device=weight.device) * states.spread
-        margin = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
-        wanted = margin
+        spread = normal(targets.shape) * states.spread
+        wanted = margin = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
         for _ in range(8):  # wanted = margin + wanted^2 / 2H, where wanted is small beside H
             wanted = margin + wanted.square() / (2 * features)
         if softcap is not None:  # the logit before the cap that the cap maps to the wanted one

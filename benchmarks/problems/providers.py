@@ -151,7 +151,8 @@ def _torch_lce(problem: Problem) -> Step:
         raise UnsupportedError("F.linear_cross_entropy has no softcap")
     # The floor's chunk: the default picks chunks of 32 to 128 rows at these sizes, which made it ten times slower here.
     chunk = nn.LinearCrossEntropyOptions(batch_chunk_size=ROWS[problem.device.type][0])
-    targets, options = problem.targets[problem.targets != IGNORE], {"reduction": "none", "options": chunk}
+    targets = problem.targets[problem.targets != IGNORE]
+    options: dict[str, Any] = {"reduction": "none", "options": chunk}
     return lambda: -F.linear_cross_entropy(problem.target_rows(), problem.weight, targets, **options).float()
 
 

@@ -44,9 +44,10 @@ def compared(device: str, *asked: Sequence[str] | None) -> list[Row]:
     batches, heads and dtypes."""
     usual = (GPU_CASES, GPU_BATCHES, HEADS, BF16) if device == "cuda" else (LARGE, FULL, HEADS, BF16)
     if device == "cuda" or any(asked):
-        return rows(*(names or known for names, known in zip(asked, usual, strict=True)), [""])
+        cases, batches, heads, dtypes = (names or known for names, known in zip(asked, usual, strict=True))
+        return rows(cases, batches, heads, dtypes, [""])
     return [
-        *rows(*usual, [""]),
+        *rows(LARGE, FULL, HEADS, BF16, [""]),
         *rows(LARGE, FULL, TRAINABLE, F32, [""]),
         *rows(SMALL, QUARTER, HEADS, BOTH, [""]),
     ]
