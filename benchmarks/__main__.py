@@ -214,7 +214,9 @@ def _tune(
     """Race tiles of the exp GEMM against the library's plain product."""
     chosen, arch = tune.cases_of(cases, device, dry_run)
     if dry_run:
-        tune.print_plan(chosen, arch)
+        wanted = tune.plan(chosen, arch)
+        print(f"{len(wanted)} candidates for {arch} on {', '.join(one.name for one in chosen)}, the shipped first")
+        print(*wanted, sep="\n")
         return 0
     rows = tune.run(chosen, arch, torch.device(device), seconds, _keeper(path, device))
     tune.print_rows(rows, arch)
@@ -232,7 +234,7 @@ def _profile(
     """One call of the loss by its steps, and over its floor."""
     usual = profile.DEFAULTS[device]
     call, *steps = profile.run(case or usual[0], batch or usual[1], head, torch.device(device))
-    print(profile.described(call), tables.text(profile.table(steps)), sep="\n")
+    profile.print_rows(call, steps)
     _keeper(path, device)([call, *steps])
 
 

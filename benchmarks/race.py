@@ -15,7 +15,7 @@ from benchmarks.accuracy import relative_error
 from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
-from benchmarks.harness.record import Keep, Record, Row, merged, no_one
+from benchmarks.harness.record import Keep, Record, Row, merged
 from benchmarks.problems.cases import BATCHES, BETA
 from benchmarks.problems.floor import build_floor
 from benchmarks.problems.inputs import Problem, problem_of
@@ -33,7 +33,9 @@ WARM_UP = {"cpu": 1, "cuda": 3}
 WRONG_FACTOR = 20  # times the naive implementation's own error
 
 
-def run(wanted: Sequence[Row], device: str, *, keep: Keep = no_one, budget: float = inf, **effort: Any) -> list[Row]:
+def run(
+    wanted: Sequence[Row], device: str, *, keep: Keep = lambda _: None, budget: float = inf, **effort: Any
+) -> list[Row]:
     """One answer for each row, with an ``EFFORT`` for each; after ``budget`` seconds nothing more is started.
 
     On a GPU, whose allocator counts calls apart, the providers of a head share a process: starting anew would take
@@ -103,7 +105,15 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
 def check(provider: Provider, row: Row, sample: Problem) -> Row:
     """Errors of the provider and of the naive implementation on the sample; "wrong" beyond 20 times the latter."""
     exact = sample.double()
-    true = _outputs(exact, lambda: truth(exact, row.task))
+    inputs, softcap = (exact.hidden, exact.weight), exact.softcap
+
+    def truth() -> torch.Tensor:
+        if row.task != "loss":
+            return objective(exact, row.task)(reference.linear_logprobs(*inputs, exact.targets, softcap=softcap))
+        more: dict[str, Any] = {"nll_labels": exact.nll_labels, "beta": BETA, "softcap": softcap}
+        return reference.orpo_loss(*inputs, exact.labels, **more)["loss"]
+
+    true = _outputs(exact, truth)
 
     def errors(of: Provider) -> dict[str, float]:
         found = _outputs(sample, of.build(sample, row.task))
@@ -119,15 +129,6 @@ def check(provider: Provider, row: Row, sample: Problem) -> Row:
             reason = f"gradient of {name} has error {error}, the naive implementation's is {yardstick:.1e}"
             return row.with_(status="wrong", reason=reason)
     return row
-
-
-def truth(problem: Problem, task: str) -> torch.Tensor:
-    """The task's scalar by the specification; of a float64 problem, what all are measured against."""
-    inputs = problem.hidden, problem.weight
-    if task == "logprobs":
-        return objective(problem, task)(reference.linear_logprobs(*inputs, problem.targets, softcap=problem.softcap))
-    options: dict[str, Any] = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
-    return reference.orpo_loss(*inputs, problem.labels, **options)["loss"]
 
 
 def _outputs(problem: Problem, step: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.harness.machine import ROOT
-from benchmarks.harness.record import Keep, Row, Status, no_one
+from benchmarks.harness.record import Keep, Row, Status
 
 TIMEOUT_S = 1200  # of one measurement
 PATIENCE_S = 60  # beyond a deadline, for the measurement that runs then
@@ -42,7 +42,7 @@ def run(
     together: Callable[[Row], Hashable] = attrgetter("key"),
     seconds: float = float("inf"),
     fair: bool = False,
-    keep: Keep = no_one,
+    keep: Keep = lambda _: None,
 ) -> list[Row]:
     """An answer to each row. Neighbours for which ``together`` gives the same share a process; usually none does, so
     that no cache, no compiled kernel and no memory of another is in what is measured.

@@ -36,18 +36,27 @@ def peak_of(call: Callable[[], object], device: torch.device) -> Peak:
     release()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
-    resident, peak = _kernel_peak(call) if _reset_kernel_peak() else _sampled_peak(call)
-    return Peak(peak - resident, peak)
-
-
-def _kernel_peak(call: Callable[[], object]) -> tuple[float, float]:
-    """MiB before and at the kernel's high-water mark since its reset, which misses nothing."""
-    before = _status("VmRSS")
+    try:
+        # Creating inputs and checking them costs more memory than most calls, so the kernel's mark has to start anew.
+        Path("/proc/self/clear_refs").write_text("5")
+        anew = _status("VmHWM") <= _status("VmRSS") * 1.05
+    except OSError:
+        anew = False
+    if not anew:
+        return _sampled_peak(call)
+    resident = _status("VmRSS")
     call()
-    return before, _status("VmHWM")
+    return Peak(_status("VmHWM") - resident, _status("VmHWM"))
 
 
-def _sampled_peak(call: Callable[[], object]) -> tuple[float, float]:
+def _status(name: str) -> float:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return float(found[1]) / 1024
+
+
+def _sampled_peak(call: Callable[[], object]) -> Peak:
     """Where the mark cannot be reset: the largest of many looks, which can miss a peak shorter than a millisecond."""
     import psutil
 
@@ -65,20 +74,5 @@ def _sampled_peak(call: Callable[[], object]) -> tuple[float, float]:
             call()
         finally:
             done.set()
-    return before / MIB, max(highest, process.memory_info().rss) / MIB
-
-
-def _status(name: str) -> float:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {name}")
-    return float(found[1]) / 1024
-
-
-def _reset_kernel_peak() -> bool:
-    """Creating inputs and checking them costs more memory than most calls, so the mark has to start anew."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _status("VmHWM") <= _status("VmRSS") * 1.05
+    highest = max(highest, process.memory_info().rss)
+    return Peak((highest - before) / MIB, highest / MIB)

@@ -125,10 +125,6 @@ class Record:
 Keep = Callable[[list[Row]], None]  # sees the rows so far, so that an interrupted run is not lost
 
 
-def no_one(rows: list[Row]) -> None:
-    """Keeps nothing."""
-
-
 def merged(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
     """What was measured again replaces what it was."""
     return list({row.key: row for row in (*before, *after)}.values())

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import orpo_kernels
 from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import UnsupportedError, in_turn, measured, summary
-from benchmarks.harness.record import Keep, Row, no_one
+from benchmarks.harness.record import Keep, Row
 from benchmarks.problems.cases import BATCHES, BETA
 from benchmarks.problems.inputs import problem_of
 
@@ -45,7 +45,7 @@ def checkout(commit: str) -> Iterator[tuple[Path, str]]:
             machine.git("worktree", "remove", "--force", str(path))
 
 
-def run(wanted: Sequence[Row], commit: str, device: str, rounds: int, keep: Keep = no_one) -> list[Row]:
+def run(wanted: Sequence[Row], commit: str, device: str, rounds: int, keep: Keep = lambda _: None) -> list[Row]:
     """Both sides of each row. ``floor_ms`` of either is the median of what was before, so ``ratio`` is after / before.
 
     ``figures`` holds the median milliseconds of each round and the ratio of each.

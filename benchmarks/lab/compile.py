@@ -192,8 +192,8 @@ def compile_one(arch: str, launch: Launch) -> CompileRow:
         registers, spills = _cuda_resources(compiled.asm["cubin"])
     else:
         assembly = compiled.asm["amdgcn"]
-        # Registers, and scratch memory of a thread.
-        registers, spills = (_amd_field(assembly, name) for name in ("vgpr_count", "private_segment_fixed_size"))
+        fields = dict(re.findall(r"\.(\w+):\s+(\d+)", assembly))
+        registers, spills = int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])  # scratch of a thread
     instruction = next(filter(None, (re.search(pattern, assembly) for pattern in target.tensor_core)), None)
     kinds = {name: re.sub(r"tensordesc<(\w+).*", r"\1", kind.strip("*")) for name, kind in launch.signature}
     named = [kinds[name] for name in ("hidden_ptr", "hidden_desc", "source_ptr", "values_ptr") if name in kinds]
@@ -228,12 +228,6 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report.stdout + report.stderr)
     assert found is not None, report.stdout
     return int(found[1]), int(found[2]) + int(found[3])
-
-
-def _amd_field(assembly: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-    assert found is not None, name
-    return int(found[1])
 
 
 def run(targets: Sequence[str]) -> list[CompileRow]:

@@ -113,26 +113,21 @@ def run(device: torch.device, seconds: float, path: Path, only: Sequence[str]) -
         left = seconds - (time.perf_counter() - start)
         step.run(found, left * step.seconds / sum(later.seconds for later in chosen[index:]))
         found.save(path)
-    summary(device, found)
-    print(f"{time.perf_counter() - start:.0f} s; written to {path}, logs to {logs}")
-    ends = {check.status for check in found.checks} | {row.status for row in found.rows}
-    return int(bool(ends & {"failed", "wrong"}))
-
-
-def summary(device: torch.device, found: Record) -> None:
-    """The race's tables, the checks, and what misses its target."""
     tables.print_rows(found.rows)
     tables.print_accuracy(found.accuracy)
     for check in found.checks:
         print(f"{check.name}: {check.status} after {check.seconds:.0f} s: {check.detail}")
     if device.type == "cpu":
         print("toy sizes on a CPU: no target applies")
-        return
-    verdicts = pd.DataFrame(promises.verdicts("gpu", found))
-    missed = verdicts[verdicts.holds == False]  # noqa: E712  None is neither
-    print(f"\nmisses its target\n{tables.text(missed.drop(columns='holds'))}")
-    unknown, held = verdicts.holds.isna().sum(), (verdicts.holds == True).sum()  # noqa: E712
-    print(f"{held} targets held, {len(missed)} missed, {unknown} not measured")
+    else:
+        verdicts = pd.DataFrame(promises.verdicts("gpu", found))
+        missed = verdicts[verdicts.holds == False]  # noqa: E712  None is neither
+        print(f"\nmisses its target\n{tables.text(missed.drop(columns='holds'))}")
+        unknown, held = verdicts.holds.isna().sum(), (verdicts.holds == True).sum()  # noqa: E712
+        print(f"{held} targets held, {len(missed)} missed, {unknown} not measured")
+    print(f"{time.perf_counter() - start:.0f} s; written to {path}, logs to {logs}")
+    ends = {check.status for check in found.checks} | {row.status for row in found.rows}
+    return int(bool(ends & {"failed", "wrong"}))
 
 
 def print_plan(device: str, seconds: float) -> None:

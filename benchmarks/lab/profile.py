@@ -17,6 +17,7 @@ from benchmarks.harness.record import Row
 from benchmarks.problems.cases import BETA
 from benchmarks.problems.floor import build_floor
 from benchmarks.problems.inputs import problem_of
+from benchmarks.report.tables import text
 from orpo_kernels import explain, orpo_loss
 
 WARM_UP, REPEATS = 3, 5
@@ -107,15 +108,10 @@ def busy_ms(kernels: Sequence[Kernel]) -> float:
     return busy / 1e3
 
 
-def table(steps: Sequence[Row]) -> pd.DataFrame:
-    return pd.DataFrame([{"step": row.provider, "ms": row.median_ms, **row.figures} for row in steps])
-
-
-def described(call: Row) -> str:
-    """The whole call in words."""
+def print_rows(call: Row, steps: Sequence[Row]) -> None:
+    """The whole call in words, and its steps."""
     total, idle = call.figures["total_ms"], call.figures["idle_ms"]
-    return (
-        f"{call.case}, {call.batch}, head {call.head}; {call.device}\n{call.figures['plan']}\n"
-        f"{call.median_ms:.2f} ms a call, {call.ratio:.2f} of its products alone ({call.cut}); "
-        f"profiled {total:.2f} ms, of it {idle:.2f} idle"
-    )
+    print(f"{call.case}, {call.batch}, head {call.head}; {call.device}\n{call.figures['plan']}")
+    print(f"{call.median_ms:.2f} ms a call, {call.ratio:.2f} of its products alone ({call.cut}); ", end="")
+    print(f"profiled {total:.2f} ms, of it {idle:.2f} idle")
+    print(text(pd.DataFrame([{"step": row.provider, "ms": row.median_ms, **row.figures} for row in steps])))

@@ -22,7 +22,7 @@ import torch
 from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import UnsupportedError, failure, out_of_memory, summary
 from benchmarks.harness.memory import MIB, peak_of
-from benchmarks.harness.record import Keep, Row, no_one
+from benchmarks.harness.record import Keep, Row
 from benchmarks.problems.cases import BATCHES, BETA, Pair
 from benchmarks.report.tables import number
 
@@ -85,7 +85,9 @@ def plan(models: Sequence[str] | None, device: str, steps: int, longest_limit: i
     ], limit
 
 
-def run(rows: Sequence[Row], device: str, steps: int, limit: int, seconds: float, keep: Keep = no_one) -> list[Row]:
+def run(
+    rows: Sequence[Row], device: str, steps: int, limit: int, seconds: float, keep: Keep = lambda _: None
+) -> list[Row]:
     """An answer to each row, all within ``seconds``: what was not begun or not finished by then says so."""
 
     def together(row: Row) -> Hashable:

@@ -7,7 +7,7 @@ ratio taken against a product timed in turn with it. What does not compile, does
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product, zip_longest
 from typing import Literal, NamedTuple, cast
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import machine
 from benchmarks.harness.measure import UnsupportedError, in_turn, measured, one_line, summary
-from benchmarks.harness.record import Keep, Row, no_one
+from benchmarks.harness.record import Keep, Row
 from benchmarks.lab.compile import TARGETS
 from benchmarks.problems.cases import CASES, STATES, Case
 from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
@@ -141,7 +141,9 @@ def cases_of(names: Sequence[str] | None, device: str, dry: bool) -> tuple[list[
     return [known[name] for name in wanted], arch
 
 
-def run(cases: Sequence[Case], arch: str, device: torch.device, seconds: float, keep: Keep = no_one) -> list[Row]:
+def run(
+    cases: Sequence[Case], arch: str, device: torch.device, seconds: float, keep: Keep = lambda _: None
+) -> list[Row]:
     """A row for every candidate, head and number of rows. ``keep`` sees the rows so far after each candidate.
 
     All share one process, whose compiled kernels and heads they share: a candidate that fails is a row.
@@ -204,8 +206,20 @@ def make_work(case: Case, device: torch.device) -> list[Work]:
 
 
 def measure(row: Row, candidate: Candidate, work: Work) -> Row:
-    """Check a candidate, then time it against the plain product in turn."""
-    step, exps, sums = exp_pass(candidate, work)
+    """The backend's own pass over the whole vocabulary with this candidate, checked, then timed against the plain
+    product in turn."""
+    backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
+    hidden, head, shift = work.hidden, work.head, work.shift
+    if backend._choose(hidden, head) != candidate[:2]:
+        raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")
+    n, tiles = hidden.shape[0], -(-head.vocab // candidate.tile.block_v)
+    exps = _new_exp_logits(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
+    sums = shift.new_full((tiles, n), math.nan)
+    everything = slice(0, head.vocab)
+
+    def step() -> None:
+        backend._exp_logits(hidden, work.targets, head, shift, everything, exps, sums, None)
+
     step()
     # Against float32, row by row; a NaN is no error allowed.
     found, sum_of_tiles = exps[work.sample].float(), sums[:, work.sample].sum(0, dtype=torch.float64)
@@ -218,30 +232,11 @@ def measure(row: Row, candidate: Candidate, work: Work) -> Row:
     logits = torch.empty_like(exps)
 
     def plain() -> None:
-        torch.mm(work.hidden, work.head.weight.T, out=logits)
+        torch.mm(hidden, head.weight.T, out=logits)
 
     # Nothing waits in between, so that starting a kernel costs no time.
-    times, floors = in_turn([step, plain], work.hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
+    times, floors = in_turn([step, plain], hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
     return row.with_(status="ok", **summary(times, floors))
-
-
-def exp_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tensor, Tensor]:
-    """The backend's own pass over the whole vocabulary with this candidate, and where it leaves E and the sums."""
-    backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
-    everything = slice(0, work.head.vocab)
-    hidden, targets, head, shift = work.hidden, work.targets, work.head, work.shift
-    if backend._choose(hidden, head) != candidate[:2]:
-        raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")
-    n, tiles = hidden.shape[0], -(-head.vocab // candidate.tile.block_v)
-    exps = _new_exp_logits(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
-    sums = shift.new_full((tiles, n), math.nan)
-    return lambda: backend._exp_logits(hidden, targets, head, shift, everything, exps, sums, None), exps, sums
-
-
-def print_plan(cases: Sequence[Case], arch: str) -> None:
-    wanted = plan(cases, arch)
-    print(f"{len(wanted)} candidates for {arch} on {', '.join(case.name for case in cases)}, the shipped first")
-    print(*wanted, sep="\n")
 
 
 def print_rows(rows: Sequence[Row], arch: str) -> None:

@@ -58,11 +58,8 @@ class Problem:
 
     def double(self) -> Self:
         """The same numbers in float64, leaves of their own."""
-
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-        return replace(self, hidden=copy(self.hidden), weight=copy(self.weight))
+        hidden, weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (self.hidden, self.weight))
+        return replace(self, hidden=hidden, weight=weight)
 
 
 def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str, device: torch.device) -> Problem:
@@ -71,7 +68,14 @@ def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str
     # Drawn in the dtype, so that no float32 copy of the head ever exists.
     weight = torch.empty((case.vocab, case.features), dtype=getattr(torch, dtype), device=device)
     weight.normal_(0, WEIGHT_STD, generator=generator)
-    labels, nll_labels = make_labels(case.vocab, batch, generator)
+    pairs = len(batch.pairs)
+    tokens = torch.randint(case.vocab, (2 * pairs, batch.positions), generator=generator, device=device)
+    labels, nll_labels = torch.full_like(tokens, IGNORE), torch.full_like(tokens, IGNORE)
+    for index, pair in enumerate(batch.pairs):
+        first = pair.prompt - 1  # the position of the prompt's last token predicts the answer's first
+        for row, answer in ((index, pair.chosen), (pairs + index, pair.rejected)):
+            labels[row, first : first + answer] = tokens[row, first : first + answer]
+        nll_labels[index, : first + pair.chosen] = tokens[index, : first + pair.chosen]
     problem = Problem(weight.new_empty(0), weight, labels, nll_labels, case.softcap)
     hidden = make_hidden(weight, problem.targets, states, case.softcap, generator)
     return replace(problem, hidden=hidden.requires_grad_(), weight=weight.requires_grad_(head == "trainable"))
@@ -83,19 +87,6 @@ def problem_of(row: Row, device: torch.device, *, sample: bool = False) -> Probl
     if sample:
         case, batch = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB)), SAMPLE_BATCH
     return make_problem(case, batch, STATES[row.states], row.dtype, row.head, device)
-
-
-def make_labels(vocab: int, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shifted labels and NLL labels, ``[2P, T]`` each: position t names the token after it."""
-    pairs = len(batch.pairs)
-    tokens = torch.randint(vocab, (2 * pairs, batch.positions), generator=generator, device=generator.device)
-    labels, nll_labels = torch.full_like(tokens, IGNORE), torch.full_like(tokens, IGNORE)
-    for index, pair in enumerate(batch.pairs):
-        first = pair.prompt - 1  # the position of the prompt's last token predicts the answer's first
-        for row, answer in ((index, pair.chosen), (pairs + index, pair.rejected)):
-            labels[row, first : first + answer] = tokens[row, first : first + answer]
-        nll_labels[index, : first + pair.chosen] = tokens[index, : first + pair.chosen]
-    return labels, nll_labels
 
 
 def make_hidden(

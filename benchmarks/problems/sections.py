@@ -34,11 +34,6 @@ def rows(
     return [Row(*combination, task=task) for combination in combinations]
 
 
-def sections(device: str) -> dict[str, list[Row]]:
-    """The race's sections on such a device. ``accuracy`` beside them asks for no rows."""
-    return _on_cpu() if device == "cpu" else {**gpu_race(), **_more_on_gpu()}
-
-
 def compared(device: str, *asked: Sequence[str] | None) -> list[Row]:
     """What two checkouts are compared on: the headline, float32 and small sizes, or what is ``asked`` for of cases,
     batches, heads and dtypes."""
@@ -53,9 +48,21 @@ def compared(device: str, *asked: Sequence[str] | None) -> list[Row]:
     ]
 
 
-def _on_cpu() -> dict[str, list[Row]]:
-    """Full size where the claims are made; elsewhere a quarter of the positions, which keeps a section to minutes."""
-    everyone = default_names("cpu")
+def sections(device: str) -> dict[str, list[Row]]:
+    """The race's sections on such a device. ``accuracy`` beside them asks for no rows.
+
+    On a CPU full size where the claims are made, elsewhere a quarter of the positions: a section takes minutes.
+    """
+    everyone, logprobs = default_names(device), default_names(device, "logprobs")
+    if device == "cuda":
+        lengths = [f"length-{length}" for length in LENGTHS]
+        return {
+            **gpu_race(),
+            "mistral": rows(["mistral-7b"], GPU_BATCHES, HEADS, BF16, everyone),
+            "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
+            "lengths": rows(["llama3-8b"], lengths, TRAINABLE, BF16, _without_compiled(everyone)),
+            "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
+        }
     lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]
     return {
         "headline": rows(LARGE, FULL, TRAINABLE, BF16, everyone),
@@ -65,7 +72,7 @@ def _on_cpu() -> dict[str, list[Row]]:
         "small": rows(SMALL, QUARTER, HEADS, BOTH, everyone),
         "softcap": rows(["gemma-cpu"], QUARTER, TRAINABLE, BOTH, everyone),
         "lengths": rows(SMALL, lengths, TRAINABLE, BF16, _without_compiled(everyone)),
-        "logprobs": rows(LARGE, QUARTER, HEADS, BOTH, default_names("cpu", "logprobs"), task="logprobs"),
+        "logprobs": rows(LARGE, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
     }
 
 
@@ -85,17 +92,6 @@ def gpu_race() -> dict[str, list[Row]]:
         "ours": race(ourselves, ("ours", FLOOR)),
         "others": race(others, ("naive",)),
         "compiled": race(COMPILED, ()),
-    }
-
-
-def _more_on_gpu() -> dict[str, list[Row]]:
-    everyone, logprobs = default_names("cuda"), default_names("cuda", "logprobs")
-    lengths = [f"length-{length}" for length in LENGTHS]
-    return {
-        "mistral": rows(["mistral-7b"], GPU_BATCHES, HEADS, BF16, everyone),
-        "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
-        "lengths": rows(["llama3-8b"], lengths, TRAINABLE, BF16, _without_compiled(everyone)),
-        "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
     }
 
 

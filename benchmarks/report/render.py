@@ -8,7 +8,7 @@ is. ``compiled`` alone belongs to no machine.
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +39,7 @@ README = {
 HEADLINE = {**README, "RSS MiB": ("peak_rss_mib", ".0f"), "gradient error": ("err_weight", ".1e")}
 HEADLINE[""] = HEADLINE.pop("")  # notes stand last
 OTHER_CONTENTS = ("accuracy", "checks")
+TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "beaten", "accuracy", "checks")
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
@@ -100,72 +101,49 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
         _, found = records.get(machine_class, (None, Record()))
         versions = ", ".join(sorted({row.torch for row in found.rows}))
         where = f"Recorded on {found.date} on {found.machine}, torch {versions}, commit {found.commit}.\n\n"
-        shown = TABLES[name](machine_class, found)
+        shown = shown_as(name, machine_class, found)
         return f"{match[1]}{where if name != 'picture' else ''}{shown}\n{match[3]}" if shown else match[0]
 
     return MARKED.sub(table, text)
 
 
-def _headline(machine_class: str, found: Record, columns: dict[str, tuple[str, str]]) -> str:
-    """The claim: one case, every provider, fastest first."""
-    members = tables.frame(row for row in found.rows if _is_headline(machine_class, row))
-    ours = members[members.provider == "ours"].median_ms
-    members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
-    return tables.markdown(tables.cells(members, columns))
-
-
-def _race(found: Record, task: str) -> str:
-    """Every row of the record."""
-    members = tables.frame(row for row in found.rows if row.task == task)
-    parts = [(name, tables.cells(part, tables.RACE)) for name, part in tables.groups(members)]
-    return "\n\n".join(f"**{name}**\n\n{tables.markdown(part)}" for name, part in parts)
-
-
-def _beaten(found: Record) -> str:
-    """Where somebody else is faster or leaner than ours, by how much."""
-    nobody = "No provider is faster or leaner than `ours` on any row of this record." if found.rows else ""
-    return tables.markdown(tables.beaten(found.rows)) or nobody
-
-
-def _accuracy(found: Record) -> str:
-    """One line a regime: naive and ours of each quantity; what exceeds its bound says so."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for row in found.accuracy:
-        line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
-        line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
-    header = [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
-    return tables.markdown(pd.DataFrame(lines.values(), columns=["dtype", "mean logp", *header]))
-
-
-def _promises(machine_class: str, found: Record) -> str:
-    """What was promised beside what was measured, as factors: larger is better."""
-    table = pd.DataFrame(promises.verdicts(machine_class, found) if found.rows else [])
-    return tables.markdown(table.replace({"holds": {None: "not measured", True: "yes", False: "no"}}))
-
-
-def _checks(found: Record) -> str:
-    """What was proven beside the race."""
-    lines = [(check.name, check.status, f"{check.seconds:.0f}", check.detail.split("\n")[0]) for check in found.checks]
-    return tables.markdown(pd.DataFrame(lines, columns=["check", "status", "seconds", "its last words"]))
-
-
-def _picture(machine_class: str, found: Record) -> str:
-    alternative = "Time over the floor and peak memory by provider, and both as sequences grow"
-    return f"![{alternative}](images/{machine_class}.png)" if found.rows else ""
-
-
-# From the class of machine and its record to text; "" where the record has nothing for it.
-TABLES: dict[str, Callable[[str, Record], str]] = {
-    "readme": lambda kind, found: _headline(kind, found, README),
-    "headline": lambda kind, found: _headline(kind, found, HEADLINE),
-    "targets": _promises,
-    "picture": _picture,
-    "race": lambda _, found: _race(found, "loss"),
-    "logprobs": lambda _, found: _race(found, "logprobs"),
-    "beaten": lambda _, found: _beaten(found),
-    "accuracy": lambda _, found: _accuracy(found),
-    "checks": lambda _, found: _checks(found),
-}
+def shown_as(name: str, machine_class: str, found: Record) -> str:
+    """One of ``TABLES`` of a record; "" where the record has nothing for it."""
+    table = pd.DataFrame()
+    match name:
+        case "readme" | "headline":  # the claim: one case, every provider, fastest first
+            members = tables.frame(row for row in found.rows if _is_headline(machine_class, row))
+            ours = members[members.provider == "ours"].median_ms
+            members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
+            table = tables.cells(members, README if name == "readme" else HEADLINE)
+        case "race" | "logprobs":  # every row of the record
+            task = "loss" if name == "race" else name
+            members = tables.frame(row for row in found.rows if row.task == task)
+            parts = [
+                (title, tables.markdown(tables.cells(part, tables.RACE))) for title, part in tables.groups(members)
+            ]
+            return "\n\n".join(f"**{title}**\n\n{part}" for title, part in parts)
+        case "targets" if found.rows:  # what was promised beside what was measured, as factors: larger is better
+            words = {None: "not measured", True: "yes", False: "no"}
+            table = pd.DataFrame(promises.verdicts(machine_class, found)).replace({"holds": words})
+        case "beaten" if found.rows:
+            table = tables.beaten(found.rows)
+            if table.empty:
+                return "No provider is faster or leaner than `ours` on any row of this record."
+        case "accuracy":  # one line a regime: naive and ours of each quantity; what exceeds its bound says so
+            lines: dict[tuple[str, str], list[str]] = {}
+            for row in found.accuracy:
+                line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
+                line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
+            header = [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
+            table = pd.DataFrame(lines.values(), columns=["dtype", "mean logp", *header])
+        case "checks":  # what was proven beside the race
+            proven = [(one.name, one.status, f"{one.seconds:.0f}", one.detail.split("\n")[0]) for one in found.checks]
+            table = pd.DataFrame(proven, columns=["check", "status", "seconds", "its last words"])
+        case "picture" if found.rows:
+            alternative = "Time over the floor and peak memory by provider, and both as sequences grow"
+            return f"![{alternative}](images/{machine_class}.png)"
+    return tables.markdown(table)
 
 
 def _compiled() -> str:
