@@ -19,7 +19,7 @@ from benchmarks.lab import compare, compile, gpu, profile, train, tune
 from benchmarks.problems import sections
 from benchmarks.problems.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, TASKS, fitting
 from benchmarks.problems.providers import NAMES, default_names
-from benchmarks.report import render, tables
+from benchmarks.report import plots, render, tables
 
 app = typer.Typer(help="Time, memory and accuracy of the ORPO loss.", add_completion=False)
 HERE: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,9 +76,7 @@ def loss(
     rows = race.run(wanted, device, repeats=repeats, seconds=seconds, keep=_keeper(path, device))
     tables.print_rows(rows)
     if picture:
-        from benchmarks.report.plots import plot
-
-        plot(rows, picture)
+        plots.plot(rows, picture)
     return _code(rows)
 
 
@@ -157,8 +155,8 @@ def _compile(targets: Annotated[Names, _names(compile.TARGETS)] = None, path: Js
     rows = compile.run(targets or list(compile.TARGETS))
     print(compile.report(rows))
     if path:
-        path.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-    return int(any(row.problem for row in rows))
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(map(compile.problem, rows)))
 
 
 @app.command("train")

@@ -36,11 +36,8 @@ WRONG_FACTOR = 20  # times the naive implementation's own error
 def run(
     wanted: Sequence[Row], device: str, *, keep: Keep = lambda _: None, budget: float = inf, **effort: Any
 ) -> list[Row]:
-    """One answer for each row, with an ``EFFORT`` for each; after ``budget`` seconds nothing more is started.
-
-    On a GPU, whose allocator counts calls apart, the providers of a head share a process: starting anew would take
-    longer than measuring.
-    """
+    """One answer for each row, with an ``EFFORT`` for each; after ``budget`` seconds nothing more is started. On a GPU,
+    whose allocator counts calls apart, the providers of a head share a process: starting would outlast measuring."""
     together = attrgetter("key" if device == "cpu" else "case")
     options = {"device": device, **effort}
     return isolate.run("benchmarks.race", wanted, options, together=together, seconds=budget, keep=keep)

@@ -1,7 +1,6 @@
 """pytest-benchmark over the same providers at small sizes: ``pytest benchmarks/``.
 
-For a quick look while changing a kernel. The race measures each provider in a process of its own and alternates with
-the floor; here all share one process, so its figures are comparable within a run and no further.
+All share one process and nothing alternates with the floor, so its figures are comparable within a run and no further.
 """
 
 from typing import Any

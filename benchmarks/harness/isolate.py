@@ -1,9 +1,8 @@
 """Measurements in processes of their own: whatever ends one leaves rows that say so, and the rest goes on.
 
-``python -m benchmarks.harness.isolate MODULE REQUEST FILE`` is such a process. MODULE has ``measure(rows, until=...,
-**options)``, an iterator of answers; a later answer to a row replaces an earlier one. FILE gets each as a line of JSON
-as soon as it is known, so that what was measured outlives the process. After ``until`` (seconds since the epoch)
-``measure`` starts nothing more.
+``measure(rows, until=..., **options)`` of a module runs in such a process: an iterator of answers, a later one to a row
+replacing an earlier. Each is a line of a file as soon as it is known, so that what was measured outlives the process.
+After ``until`` (seconds since the epoch) ``measure`` starts nothing more.
 """
 
 import contextlib
@@ -27,8 +26,9 @@ from tqdm import tqdm
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Keep, Row, Status
 
+Options = Mapping[str, Any]
 TIMEOUT_S = 1200  # of one measurement
-PATIENCE_S = 60  # beyond a deadline, for the measurement that runs then
+PATIENCE = 60  # seconds beyond a deadline, for the measurement that runs then
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
 # With several GPUs in sight, Transformers would spread a batch over them by nn.DataParallel.
 ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
@@ -37,7 +37,7 @@ ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").p
 def run(
     module: str,
     wanted: Sequence[Row],
-    options: Mapping[str, Any],
+    options: Options,
     *,
     together: Callable[[Row], Hashable] = attrgetter("key"),
     seconds: float = float("inf"),
@@ -45,12 +45,9 @@ def run(
     keep: Keep = lambda _: None,
 ) -> list[Row]:
     """An answer to each row. Neighbours for which ``together`` gives the same share a process; usually none does, so
-    that no cache, no compiled kernel and no memory of another is in what is measured.
-
-    After ``seconds`` nothing more is started, and what was not reached says so; ``fair`` gives every process an equal
-    share of what those before it have left, and ends it then. ``keep`` sees the rows so far after each process, so that
-    an interrupted run is not lost.
-    """
+    that no cache, no compiled kernel and no memory of another is in what is measured. After ``seconds`` nothing more is
+    started, and what was not reached says so; ``fair`` gives every process an equal share of what those before it have
+    left, and ends it then."""
     rows: list[Row] = []
     deadline = time.time() + seconds
     with tqdm(total=len(wanted), unit="row") as bar:
@@ -62,7 +59,7 @@ def run(
             if now >= until:
                 found = [row.with_(reason=f"the budget of {seconds:.0f} s was used up") for row in group]
             else:
-                found = process(module, group, {**options, "until": until}, 0 if fair else PATIENCE_S)
+                found = process(module, group, {**options, "until": until}, 0 if fair else PATIENCE)
             rows += found
             keep(rows)
             for row in found:
@@ -73,11 +70,7 @@ def run(
 
 
 def process(
-    module: str,
-    group: Sequence[Row],
-    options: Mapping[str, Any],
-    patience: float = PATIENCE_S,
-    environment: Mapping[str, str] | None = None,
+    module: str, group: Sequence[Row], options: Options, patience: float = PATIENCE, environment: Options | None = None
 ) -> list[Row]:
     """Answers to at least the first of ``group``, from one process: up to the row that ended it."""
     limit = min(TIMEOUT_S * len(group), options["until"] + patience - time.time())
@@ -114,8 +107,7 @@ def process(
 
 
 def execute(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """Exit code, None after ``limit`` seconds, and all that was printed. Its own children end with it: they would
-    disturb what is timed next."""
+    """Exit code, None after ``limit`` seconds, and all that was printed. Its children, which would disturb, end too."""
     variables = {**os.environ, **QUIET, **environment}
     code: int | None = None
     with log.open("w") as sink:

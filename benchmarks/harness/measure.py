@@ -28,11 +28,9 @@ def in_turn(
     warm_up: int = 0,
     wait: bool = True,
 ) -> list[list[float]]:
-    """Milliseconds of each call, one round of all after the other, so that whatever slows the machine slows all.
-
-    ``repeats`` rounds, fewer after ``seconds``, but ``least`` in any case; ``warm_up`` more before them. Without
-    ``wait`` a GPU times itself and is kept busy throughout, so that starting a kernel costs nothing.
-    """
+    """Milliseconds of each call, one round of all after the other, so that whatever slows the machine slows all:
+    ``repeats`` rounds, fewer after ``seconds``, but ``least`` in any case, and ``warm_up`` before them. Without
+    ``wait`` a GPU times itself and is kept busy throughout, so that starting a kernel costs nothing."""
     for _ in range(warm_up):
         for call in calls:
             call()

@@ -47,9 +47,7 @@ def checkout(commit: str) -> Iterator[tuple[Path, str]]:
 
 def run(wanted: Sequence[Row], commit: str, device: str, rounds: int, keep: Keep = lambda _: None) -> list[Row]:
     """Both sides of each row. ``floor_ms`` of either is the median of what was before, so ``ratio`` is after / before.
-
-    ``figures`` holds the median milliseconds of each round and the ratio of each.
-    """
+    ``figures`` holds the median milliseconds and the ratio of each round."""
     rows: list[Row] = []
     with checkout(commit) as (path, known), tqdm(total=2 * rounds * len(wanted), unit="process") as bar:
         places = {"before": (path, known), "after": (machine.ROOT, machine.commit())}

@@ -9,8 +9,9 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,30 +52,6 @@ OPTIONAL = {"exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight"
 OPTIONAL |= {"out_rows", "a", "b", "label_entry"}
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {**FLOATS, torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1"}
-
-
-class CompileRow(NamedTuple):
-    """One binary."""
-
-    kernel: str
-    target: str
-    config: str  # dtypes, tiles, warps, stages, and which branches are on
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    shared_limit: int
-    tensor_core: str  # the instruction found, or nothing
-    wants_tensor_core: bool  # a product of 16-bit matrices
-    triton: str
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with it, or nothing."""
-        if self.spill_bytes:
-            return f"spills {self.spill_bytes} bytes"
-        if self.shared_bytes > self.shared_limit:
-            return f"{self.shared_bytes} bytes of shared memory, the chip has {self.shared_limit}"
-        return "no tensor cores" if self.wants_tensor_core and not self.tensor_core else ""
 
 
 class Launch(NamedTuple):
@@ -173,8 +150,9 @@ def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
     return Launch(*names, ordered, known, tuple(divisible), warps, stages)
 
 
-def compile_one(arch: str, launch: Launch) -> CompileRow:
-    """Compile one launch for one chip and read the assembler's report."""
+def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
+    """Compile one launch for one chip and read the assembler's report. ``config`` names dtypes, tiles, warps, stages,
+    and which branches are on; a product of 16-bit matrices ``wants_tensor_core``."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -202,18 +180,27 @@ def compile_one(arch: str, launch: Launch) -> CompileRow:
     flags = [name.lower() for name, value in launch.constants if value is True]
     present = [re.sub(r"_(ptr|desc)$", "", name) for name, kind in launch.signature if kind != "constexpr"]
     words = [*named, *tiles, f"warps={launch.warps} stages={launch.stages}", *flags]
-    return CompileRow(
-        kernel=launch.kernel,
-        target=arch,
-        config=" ".join([*words, *(name for name in present if name in OPTIONAL)]),
-        registers=registers,
-        spill_bytes=spills,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=target.shared_limit,
-        tensor_core=instruction[0] if instruction else "",
-        wants_tensor_core=launch.kernel in GEMMS and "fp32" not in named,
-        triton=triton.__version__,
-    )
+    return {
+        "kernel": launch.kernel,
+        "target": arch,
+        "config": " ".join([*words, *(name for name in present if name in OPTIONAL)]),
+        "registers": registers,
+        "spill_bytes": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "shared_limit": target.shared_limit,
+        "tensor_core": instruction[0] if instruction else "",
+        "wants_tensor_core": launch.kernel in GEMMS and "fp32" not in named,
+        "triton": triton.__version__,
+    }
+
+
+def problem(row: Mapping[str, Any]) -> str:
+    """What is wrong with a binary, or nothing."""
+    if row["spill_bytes"]:
+        return f"spills {row['spill_bytes']} bytes"
+    if row["shared_bytes"] > row["shared_limit"]:
+        return f"{row['shared_bytes']} bytes of shared memory, the chip has {row['shared_limit']}"
+    return "no tensor cores" if row["wants_tensor_core"] and not row["tensor_core"] else ""
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
@@ -230,16 +217,16 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def run(targets: Sequence[str]) -> list[CompileRow]:
+def run(targets: Sequence[str]) -> list[dict[str, Any]]:
     """Compile everything for ``targets``, on all cores; Triton's own cache makes a second run quick."""
     work = [(target, launch) for target in targets for launch in launches(target)]
     with ProcessPoolExecutor() as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work, strict=True)), total=len(work), desc="compile"))
-    return sorted(rows, key=lambda row: (row.target, row.kernel, row.config))
+    return sorted(rows, key=itemgetter("target", "kernel", "config"))
 
 
-def report(rows: Sequence[CompileRow]) -> str:
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a binary; what is wrong with any stands at the end."""
     shown = ["target", "kernel", "config", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
-    bad = [f"{row.target} {row.kernel} {row.config}: {row.problem}" for row in rows if row.problem]
+    bad = [f"{row['target']} {row['kernel']} {row['config']}: {problem(row)}" for row in rows if problem(row)]
     return "\n".join([text(pd.DataFrame(rows)[shown]), *bad, f"{len(rows)} binaries, {len(bad)} with a problem"])

@@ -1,10 +1,9 @@
 """A whole TRL training step, stock against patched: pairs a second, peak memory, the longest pair that trains.
 
-The head is one part of a step; what its kernels save shows only as far as the rest of the model lets it. So this trains
-real models with TRL's own trainer, both variants from the same seed on the same pairs. Weights are random: neither time
-nor memory depends on their values, and nothing is downloaded. The variants share a process and take turns, a round of
-steps each, so that a disturbance that lasts a while slows some rounds of both and not all of one. The search for the
-longest pair has a process for each on a CPU, where running out of memory is the end of it.
+TRL's own trainer on models with random weights, since neither time nor memory depends on their values; both variants
+from the same seed on the same pairs. They share a process and take turns, a round of steps each, so that a disturbance
+that lasts a while slows some rounds of both and not all of one. The search for the longest pair has a process for each
+on a CPU, where running out of memory is the end of it.
 """
 
 import gc
@@ -151,11 +150,9 @@ def take_turns(rows: Sequence[Row], device: str, steps: int, until: float) -> It
 
 
 def search(row: Row, fits: Callable[[int], bool], limit: int) -> Iterator[Row]:
-    """Double the length until it does not fit, then halve the gap until it is an eighth of what fits.
-
-    An answer after every length, each true by itself: "not reached" until the search is over. ``longest`` is what
-    trained, tokens a side; ``at_least`` says that something else than memory ended the search.
-    """
+    """Double the length until it does not fit, then halve the gap until it is an eighth of what fits. An answer after
+    every length, each true by itself: "not reached" until the search is over. ``longest`` is what trained, tokens a
+    side; ``at_least`` says that something else than memory ended the search."""
     good, bad, length, known = 0, None, max(limit // 16, FINEST), row
     while True:
         try:

@@ -105,10 +105,8 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
 
 
 def _fits(form: Form, tile: Tile, arch: str) -> bool:
-    """Whether shared memory holds the stages and what TMA stores from, and a thread's registers the accumulator.
-
-    A thread has 255 registers. Where tensor memory holds the accumulator the epilogue still reads it through them.
-    """
+    """Whether shared memory holds the stages and what TMA stores from, and a thread's 255 registers the accumulator:
+    where tensor memory holds it, the epilogue still reads it through them."""
     (n, v, h), target = tile[:3], TARGETS[arch]
     shared = tile.stages * (n * h + v * h) * 2 + (n * v // tile.parts * 2 if form == "tma" else 0)
     return shared <= target.shared_limit and n * v // (target.warp * tile.warps) < 255
@@ -144,10 +142,8 @@ def cases_of(names: Sequence[str] | None, device: str, dry: bool) -> tuple[list[
 def run(
     cases: Sequence[Case], arch: str, device: torch.device, seconds: float, keep: Keep = lambda _: None
 ) -> list[Row]:
-    """A row for every candidate, head and number of rows. ``keep`` sees the rows so far after each candidate.
-
-    All share one process, whose compiled kernels and heads they share: a candidate that fails is a row.
-    """
+    """A row for every candidate, head and number of rows, all in this process, whose compiled kernels and heads they
+    share: a candidate that fails is a row."""
     deadline = time.monotonic() + seconds
     works = [work for case in cases for work in make_work(case, device)]
     about = machine.about(device)

@@ -1,8 +1,7 @@
 """The floor: the products that no exact implementation can leave out, alone, on the target rows.
 
-The same products can be cut in several ways, and which is fastest depends on the machine: in chunks of rows, in slices
-of the vocabulary that stay in a cache, or not at all. The floor is the fastest of them, chosen before anything is timed
-in turn with it.
+They can be cut in chunks of rows, in slices of the vocabulary that stay in a cache, or not at all, and which is fastest
+depends on the machine. The floor is the fastest, chosen before anything is timed in turn with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,12 +51,9 @@ def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
 
 
 def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) -> Step:
-    """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice.
-
-    Outputs are allocated once, outside what is timed, and nothing is accumulated: it is a floor, not a rival. For the
-    same reason dw has a factor of its own, already transposed: no implementation has both layouts for nothing, but one
-    may have either.
-    """
+    """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice. It is a
+    floor, not a rival: nothing is allocated or accumulated within, and dw has a factor of its own, already transposed,
+    since no implementation has both layouts for nothing, but one may have either."""
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
     logits = rows.new_empty(chunk * tokens)
     transposed = rows.new_empty(chunk * tokens if products == 3 else 0).normal_()

@@ -42,8 +42,7 @@ class Problem:
         return self.hidden[self.targets != IGNORE]
 
     def upstream(self) -> Tensor:
-        """``[2P, T]`` of the gradient that log-probabilities are given: normal, the same at each call, 0 where nothing
-        is scored."""
+        """``[2P, T]``, the gradient that log-probabilities get: normal, always the same, 0 where nothing is scored."""
         generator = torch.Generator(self.device).manual_seed(1)
         drawn = torch.randn(self.labels.shape, generator=generator, device=self.device)
         return drawn * (self.targets != IGNORE)
@@ -90,13 +89,9 @@ def problem_of(row: Row, device: torch.device, *, sample: bool = False) -> Probl
 
 
 def make_hidden(
-    weight: Tensor,  # [V, H]
-    targets: Tensor,  # [...], IGNORE where nothing is scored
-    states: States,
-    softcap: float | None,
-    generator: torch.Generator,
-) -> Tensor:  # [..., H] in the dtype of weight
-    """Hidden states of a regime, see ``States``.
+    weight: Tensor, targets: Tensor, states: States, softcap: float | None, generator: torch.Generator
+) -> Tensor:
+    """Hidden states ``[..., H]`` of a regime, see ``States``, for a head ``[V, H]`` and targets ``[...]``.
 
     Against a head of independent normal entries the noise's logits are normal, so their log-sum-exp is close to
     ``log V + noise^2 / 2``. Adding ``c W_y`` to a row moves the label's logit by ``lift = c |W_y|^2`` and the others by

@@ -1,10 +1,9 @@
 """The field: one function per way to compute the same thing, a new competitor among them.
 
 Most give log-probabilities ``step() -> [2P, T]`` of ``problem.targets``, or ``[N]`` of the target positions alone, and
-the task makes a scalar of them that ``backward`` works on: the ORPO loss ``NLL(prompt + chosen) + 0.1 * mean
-softplus(-log_odds(answers))``, or their sum under a random upstream gradient. Who computes the loss at once does that
-instead. Where a library takes flat rows it gets the target rows alone, which is its strongest use and what its user
-would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets that.
+the task makes a scalar of them: the loss, or their sum under a random upstream gradient. Who computes the loss at once
+does that instead. A library that takes flat rows gets the target rows alone, its strongest use and what its user would
+write; one that takes the padded batch (Liger, the naive way of Hugging Face models) gets that.
 """
 
 import importlib
@@ -74,11 +73,8 @@ def compose(logps: Tensor, problem: Problem) -> Tensor:
 
 
 def _naive(problem: Problem) -> Step:
-    """Hugging Face's way: logits of all positions in the dtype, one log-softmax in float32.
-
-    ``reference.orpo_loss`` is the judge and multiplies by the head up to three times, so it would be a slow opponent;
-    this is its log-probabilities once.
-    """
+    """Hugging Face's way: logits of all positions in the dtype, one log-softmax in float32. ``reference.orpo_loss``
+    multiplies by the head up to three times, so it would be a slow opponent."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
     return lambda: reference.linear_logprobs(hidden, weight, targets, softcap=problem.softcap)
 

@@ -49,10 +49,7 @@ def compared(device: str, *asked: Sequence[str] | None) -> list[Row]:
 
 
 def sections(device: str) -> dict[str, list[Row]]:
-    """The race's sections on such a device. ``accuracy`` beside them asks for no rows.
-
-    On a CPU full size where the claims are made, elsewhere a quarter of the positions: a section takes minutes.
-    """
+    """The race's sections: on a CPU full size where claims are made, elsewhere a quarter, so that one takes minutes."""
     everyone, logprobs = default_names(device), default_names(device, "logprobs")
     if device == "cuda":
         lengths = [f"length-{length}" for length in LENGTHS]

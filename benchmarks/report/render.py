@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, Row
-from benchmarks.lab.compile import CompileRow
+from benchmarks.lab.compile import problem
 from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
@@ -43,11 +43,8 @@ TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "beate
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
-    """The record that speaks for each class of machine, "cpu" and "gpu", and why newer ones do not.
-
-    A newer record takes over if it holds all that the older one does, of what a record consists of today: one of a few
-    sections alone (``record --only``) says nothing about the others, so it must not empty their tables.
-    """
+    """The record that speaks for each class of machine, "cpu" and "gpu", and why newer ones do not: one of a few
+    sections alone (``record --only``) says nothing about the others, so it must not empty their tables."""
     chosen: dict[str, tuple[Path, Record]] = {}
     refused = []
     found = [(path, Record.load(path)) for path in RESULTS.glob("*.json")]
@@ -67,10 +64,8 @@ def _contents(found: Record) -> set[object]:
 
 
 def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, write: bool = True) -> list[Path]:
-    """Write what differs, and return its paths; without ``write`` only return them.
-
-    A picture is judged by the record it names, not by its pixels.
-    """
+    """Write what differs, and return its paths; without ``write`` only return them. The record that a picture names
+    judges it, not its pixels."""
     differing = []
     records, _ = newest()
     for path in documents:
@@ -149,7 +144,7 @@ def shown_as(name: str, machine_class: str, found: Record) -> str:
 def _compiled() -> str:
     """The exp GEMMs of the newest compilation, and what all of its binaries come to."""
     found = pd.read_json(max((RESULTS / "compiled").glob("*.json")))
-    bad = sum(CompileRow(**row).problem != "" for row in found.to_dict("records"))
+    bad = sum(bool(problem(row)) for row in found.to_dict("records"))
     shown = found[found.kernel.str.startswith("exp_gemm")]
     table = shown[["target", "kernel", "config", "registers", "shared_bytes", "tensor_core"]]
     table.columns = ["chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"]

@@ -111,10 +111,8 @@ def compare(before: Iterable[Row], after: Iterable[Row]) -> str:
 
 
 def beaten(rows: Iterable[Row]) -> pd.DataFrame:
-    """Every place where somebody is faster or leaner than ours, by how much: what a reader should see first.
-
-    Of ours the default is compared, not the best of several settings. The floor and wrong gradients are no rivals.
-    """
+    """Every place where somebody is faster or leaner than ours, by how much. Of ours the default is compared, not the
+    best of several settings; the floor and wrong gradients are no rivals."""
     lines = []
     for name, members in groups(frame(rows)):
         fine = members[members.status == "ok"]
