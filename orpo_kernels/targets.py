@@ -18,13 +18,16 @@ ANSWER, NLL = 1, 2  # bits of a target's kind
 
 
 class Counts(NamedTuple):
-    """Columns of the table ``[2P, 8]`` int64 that says how many of what each sequence holds."""
+    """Columns of the table ``[2P, 8]`` int64 that says how many of what each sequence holds.
+
+    A range of labels always includes 0, which is a token of every vocabulary; over all rows it is that of the batch.
+    """
 
     answers: int
     nlls: int
     first: int  # positions that are a target
     separate: int  # of these, how many are two: the NLL names another token than the answer
-    low: int  # smallest and largest label that counts, and 0
+    low: int  # smallest and largest label that counts
     high: int
     nll_low: int
     nll_high: int
@@ -236,12 +239,9 @@ def _refuse_capture(labels: Tensor) -> None:
 
 
 def _label_range(labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest kept label, on the device; 0 and 0 where none is kept."""
-    if labels.numel() == 0:
-        zero = torch.zeros((), dtype=torch.int64, device=labels.device)
-        return zero, zero
-    bounded = torch.where(kept, labels, 0)
-    return bounded.min().long(), bounded.max().long()
+    """Smallest and largest of the kept labels and 0, on the device."""
+    low, high = F.pad(torch.where(kept, labels, 0), (0, 1)).aminmax()
+    return low, high
 
 
 def _check_labels(name: str, low: int, high: int, vocab: int, ignore_index: int) -> None:

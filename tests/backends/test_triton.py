@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -206,6 +206,7 @@ def test_odds_ratio_kernel(lengths: list[int], level: float, by_sequence: bool, 
     seed=st.integers(0, 1000),
     keep=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
 )
+@example(lengths=[1, 1], ignore=-100, seed=2, keep=1.0)  # every label kept and positive
 @pytest.mark.slow
 def test_compaction(lengths: list[int], ignore: int, seed: int, keep: float) -> None:
     """The two launches give the targets of torch's sort, in its order, past a block and with two targets a row."""
