@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.lab.compile import Recorder
+from benchmarks.lab.compile import Recorder, recording
 from orpo_kernels import explain, orpo_loss, targets
 from orpo_kernels.backends import Found, GivenPairs, kernels, products, select, triton_backend
 from orpo_kernels.backends.kernels.configs import Config, Tile, config
@@ -254,7 +254,7 @@ def test_a_call_starts_few_operations() -> None:
     launched: list[str] = []
     backend = Recorder(arch="sm_90")
     with (
-        kernels.common.recording(lambda kernel, *_: launched.append(kernel.__name__)),
+        recording(lambda kernel, *_: launched.append(kernel.__name__)),
         mock.patch.object(Recorder, "least_scratch", 20 << 20),
         CountOperations() as torchs,
     ):

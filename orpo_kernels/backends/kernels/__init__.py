@@ -3,7 +3,7 @@
     exp_gemm    hidden states and head to E, and the overflowed rows of it again
     rows        what stands between the products: vectors over targets, rows of features
     pairs       counting and compacting labels, and the odds-ratio loss
-    common      the epilogue, functions of several kernels, and ``launch``
+    common      the epilogue, and functions of several kernels
     configs     tiles, as data
 
 All but ``configs`` import triton, so they load when first used.

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from orpo_kernels.backends.kernels.common import ANY_BATCH, _epilogue, _logits, _part, _place, cdiv, launch, stride_of
+from orpo_kernels.backends.kernels.common import ANY_BATCH, _epilogue, _logits, _part, _place, cdiv, stride_of
 from orpo_kernels.backends.kernels.configs import RECOMPUTE, RECOMPUTE_FLOAT32, Tile
 from orpo_kernels.settings import Head
 
@@ -68,7 +68,7 @@ def exp_gemm_tma(
     tensors = (a, b, e, head.bias, shift, ids, sums, logit_sums)
     scalars = (hidden.shape[0], size, hidden.shape[1], tokens.start, head.logit_scale, head.softcap)
     grid = (min(programs, _tiles(tile, hidden.shape[0], size)),)
-    launch(exp_gemm_tma_kernel, grid, *tensors, *scalars, PROGRAMS=programs, FLATTEN=tile.flatten, **_gemm(tile))
+    exp_gemm_tma_kernel[grid](*tensors, *scalars, PROGRAMS=programs, FLATTEN=tile.flatten, **_gemm(tile))
 
 
 @triton.jit(**ANY_BATCH)
@@ -124,7 +124,7 @@ def exp_gemm(
     tensors = (hidden, weight, exp_logits, head.bias, shift, ids, sums, logit_sums)
     sizes = (n, size, features, tokens.start, hidden.stride(0), weight.stride(0), stride_of(exp_logits))
     scalars, even = (*sizes, head.logit_scale, head.softcap), features % tile.block_h == 0
-    launch(exp_gemm_kernel, (_tiles(tile, n, size),), *tensors, *scalars, EVEN_H=even, **_gemm(tile))
+    exp_gemm_kernel[(_tiles(tile, n, size),)](*tensors, *scalars, EVEN_H=even, **_gemm(tile))
 
 
 @triton.jit(**ANY_BATCH)
@@ -161,7 +161,7 @@ def exp_pass(
     tensors = (logits, exp_logits, head.bias, shift, ids, sums, logit_sums)
     scalars = (n, size, first, logits.stride(0), stride_of(exp_logits), head.logit_scale, head.softcap)
     meta = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "num_warps": tile.warps}
-    launch(exp_pass_kernel, (_tiles(tile, n, size),), *tensors, *scalars, **meta)
+    exp_pass_kernel[(_tiles(tile, n, size),)](*tensors, *scalars, **meta)
 
 
 @triton.jit(**ANY_BATCH)
@@ -240,7 +240,7 @@ def recompute_overflowed(
         tensors = (hidden, weight, out, head.bias, shift, ids, overflowed, maxima, own_sums)
         sizes = (n, size, features, tokens.start, hidden.stride(0), weight.stride(0), stride_of(out))
         scalars, grid = (*sizes, head.logit_scale, head.softcap), (cdiv(n, tile.block_n), SPLITS)
-        launch(recompute_overflowed_kernel, grid, *tensors, *scalars, SPLITS=SPLITS, **_blocks(tile))
+        recompute_overflowed_kernel[grid](*tensors, *scalars, SPLITS=SPLITS, **_blocks(tile))
     return sums, maxima
 
 

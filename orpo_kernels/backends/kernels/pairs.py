@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.backends.kernels.common import ANY_BATCH, _expm1, _log1p, launch
+from orpo_kernels.backends.kernels.common import ANY_BATCH, _expm1, _log1p
 from orpo_kernels.objectives import CHOSEN_BOUND, REJECTED_BOUND
 from orpo_kernels.targets import Columns, Pairs
 
@@ -77,7 +77,7 @@ def count(labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, ig
     """Write ``table [2P, 8]``, all chosen sequences before all rejected ones."""
     sequences = table.shape[0]
     tensors = (labels, nll_labels, offsets, table)
-    launch(count_kernel, (sequences,), *tensors, sequences // 2, ignore_index, BLOCK=BLOCK, num_warps=4)
+    count_kernel[(sequences,)](*tensors, sequences // 2, ignore_index, BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -138,7 +138,7 @@ def compact(
     sequences = counts.shape[0]
     tensors = (labels, nll_labels, starts, counts, *columns)
     blocks = {"BLOCK": BLOCK, "SEQUENCES": SEQUENCES}
-    launch(compact_kernel, (sequences,), *tensors, sequences // 2, ignore_index, **blocks, num_warps=4)
+    compact_kernel[(sequences,)](*tensors, sequences // 2, ignore_index, **blocks, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -227,4 +227,4 @@ def odds_ratio(
     whole = (group, len(sizes.pairs), pairs.first, pairs.begin)
     bounds = (CHOSEN_BOUND, REJECTED_BOUND, torch.finfo(torch.float32).tiny)
     flags = {"BLOCK": BLOCK, "BY_SEQUENCE": by_sequence}
-    launch(odds_ratio_kernel, (group,), *tensors, *whole, beta, nll_weight, *shares, *bounds, **flags, num_warps=4)
+    odds_ratio_kernel[(group,)](*tensors, *whole, beta, nll_weight, *shares, *bounds, **flags, num_warps=4)
