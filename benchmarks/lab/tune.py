@@ -26,6 +26,7 @@ from benchmarks.problems.cases import CASES, STATES, Case
 from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
 from benchmarks.report.tables import frame, text
 from orpo_kernels import reference
+from orpo_kernels.backends.kernels import Chunk, Out
 from orpo_kernels.backends.kernels.configs import PASS, Config, Tile, arch_of, config
 from orpo_kernels.backends.triton_backend import TritonBackend, _new_exp_logits
 from orpo_kernels.settings import Head
@@ -239,13 +240,14 @@ def exp_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tens
     """The backend's own pass over the whole vocabulary with this candidate, and where it leaves E and the sums."""
     backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
     everything = slice(0, work.head.vocab)
-    hidden, targets, head, shift = work.hidden, work.targets, work.head, work.shift
+    hidden, head = work.hidden, work.head
     if backend._choose(hidden, head) != candidate[:2]:
         raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")
     n, tiles = hidden.shape[0], -(-head.vocab // candidate.tile.block_v)
     exps = _new_exp_logits(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
-    sums = shift.new_full((tiles, n), math.nan)
-    return lambda: backend._exp_logits(hidden, targets, head, shift, everything, exps, sums, None), exps, sums
+    sums = work.shift.new_full((tiles, n), math.nan)
+    chunk, out = Chunk(hidden, work.targets, head, work.shift), Out(exps, sums)
+    return lambda: backend._exp_logits(chunk, everything, out), exps, sums
 
 
 def _wrong(work: Work, exps: Tensor, sums: Tensor) -> str:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orpo_kernels.backends.kernels import Chunk
 from orpo_kernels.backends.kernels.common import ANY_BATCH, _cap, _log1p, cdiv, stride_of
-from orpo_kernels.settings import Head
 
 VECTOR = 128  # elements of a program that only touches vectors
 REDUCED_ROWS = 32  # rows of a program that reduces something over tiles or splits
@@ -49,17 +49,15 @@ def label_kernel(
 
 
 def label(
-    hidden: Tensor,  # [n, H]
-    ids: Tensor,  # [n]
-    head: Head,
+    chunk: Chunk,
     mean_weight: Tensor | None,  # [H], where mean logits are wanted that no tile gives
     label: Tensor,  # [n], as all below
     slope: Tensor,
-    shift: Tensor,
     sum_exp: Tensor,
     means: Tensor | None,
 ) -> None:
-    """Write ``label``, ``slope``, ``shift``, ``sum_exp`` and ``means``."""
+    """Write ``label``, ``slope``, the chunk's ``shift``, ``sum_exp`` and ``means``."""
+    hidden, ids, head, shift = chunk
     n, features = hidden.shape
     tensors = (hidden, head.weight, head.bias, ids, mean_weight, label, slope, shift, sum_exp, means)
     scalars = (features, hidden.stride(0), head.weight.stride(0), head.logit_scale, head.softcap)
