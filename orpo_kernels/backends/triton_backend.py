@@ -179,7 +179,7 @@ class TritonBackend(Backend):
                 if state.exp_logits is None:
                     self._recompute(part, state, coefficients, into[1:])
                 else:
-                    self._head_product(state.exp_logits, part, coefficients, into[1:], accumulate, part.scratch)
+                    self._head_product(state.exp_logits, part, coefficients, into[1:], accumulate)
 
     def scale(self, values: Tensor, by: Tensor) -> None:
         with _on(values):
@@ -214,8 +214,6 @@ class TritonBackend(Backend):
         ids, head, vocab = part.ids, part.head, part.head.vocab
         hidden = part.hidden.index_select(0, part.rows)
         chunk, n = Chunk(hidden, ids, head, state.shift), hidden.shape[0]
-        if n == 0:
-            return None
         label, sum_exp = torch.empty((2, n), dtype=torch.float32, device=hidden.device)
         overflowed = torch.empty(n, dtype=torch.int32, device=hidden.device)
         shift, label_entry = state.shift, state.label_entry
@@ -268,19 +266,13 @@ class TritonBackend(Backend):
             kernels.exp_gemm.exp_pass(tile, chunk, logits, first, own)
 
     def _head_product(
-        self,
-        exp_logits: Tensor,
-        part: Part,
-        coefficients: Tensor,
-        grads: Sequence[Tensor | None],
-        accumulate: bool,
-        scratch: int,
+        self, exp_logits: Tensor, part: Part, coefficients: Tensor, grads: Sequence[Tensor | None], accumulate: bool
     ) -> None:
         """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
         (n, features), (grad_weight, grad_bias) = (part.rows.numel(), part.hidden.shape[1]), grads
         if grad_weight is not None:
             # By columns, so that little scratch still serves any number of targets; E is read once for each.
-            most = max(scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
+            most = max(part.scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
             columns = -(-features // -(-features // most))
             for of in slices(features, -(-columns // 64) * 64):
                 scaled = exp_logits.new_empty((n, of.stop - of.start))
@@ -307,7 +299,7 @@ class TritonBackend(Backend):
             if several:
                 sums = [None if g is None else torch.empty_like(g, dtype=torch.float32) for g in final]
             for of in chunks:
-                own = part._replace(rows=part.rows[of], ids=part.ids[of])
+                own = part._replace(rows=part.rows[of], ids=part.ids[of], scratch=left)
                 some = hidden.index_select(0, own.rows) if gathered is None else gathered
                 exp_logits = buffer[: some.shape[0], : tokens.stop - tokens.start]
                 unread = None
@@ -317,7 +309,7 @@ class TritonBackend(Backend):
                     unread = state.shift.new_empty((tiles, some.shape[0]))
                 self._exp_logits(Chunk(some, own.ids, head, state.shift[of]), tokens, Out(exp_logits, unread))
                 kernels.rows.label_entries(exp_logits, state.label_entry[of], own.ids, tokens.start)
-                self._head_product(exp_logits, own, coefficients[of], sums, of.start > 0, left)
+                self._head_product(exp_logits, own, coefficients[of], sums, of.start > 0)
             for grad, total in zip(final, sums, strict=True):
                 if several and grad is not None and total is not None:
                     grad.copy_(total)
@@ -369,10 +361,7 @@ def _slice_width(bytes_per_token: int, vocab: int, room: int) -> int:
 
 
 def _chunks(n: int, most: int) -> Iterator[slice]:
-    """Slices of n rows, of ``most`` or a little less each, in whole CHUNK_ROWS; one for no rows."""
+    """Slices of n rows, of ``most`` or a little less each, in whole CHUNK_ROWS."""
     step = max(most // CHUNK_ROWS, 1) * CHUNK_ROWS
-    if n <= step:
-        yield slice(0, n)
-        return
     even = -(-n // -(-n // step))
-    yield from slices(n, -(-even // CHUNK_ROWS) * CHUNK_ROWS)
+    return slices(n, -(-even // CHUNK_ROWS) * CHUNK_ROWS)

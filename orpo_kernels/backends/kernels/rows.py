@@ -254,8 +254,7 @@ def rows(
     block = _block(features)
     tensors = (source, out, source_rows, out_rows, a, b, label_entry, weight, ids)
     scalars = (features, source.stride(0), out.stride(0), stride_of(weight), factor)
-    if n:
-        rows_kernel[(n, cdiv(features, block))](*tensors, *scalars, BLOCK_H=block, num_warps=4)
+    rows_kernel[(n, cdiv(features, block))](*tensors, *scalars, BLOCK_H=block, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
