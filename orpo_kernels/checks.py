@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.settings import Head
@@ -185,12 +186,11 @@ def flat_nll_labels(nll_labels: Tensor, hidden: Tensor, ignore_index: int) -> Te
     Raises:
         TypeError, ValueError: as ``check_labels``.
     """
-    positions = hidden.shape[:-1]
-    if isinstance(nll_labels, Tensor) and hidden.dim() == 3 and nll_labels.dim() == 2:
-        pairs = hidden.shape[0] // 2
-        if nll_labels.shape[0] == pairs and nll_labels.shape[0] != positions[0]:
-            check_labels("nll_labels", nll_labels, hidden, expected=torch.Size([pairs, positions[1]]))
-            rejected = torch.full_like(nll_labels, ignore_index, dtype=torch.int64)
-            return torch.cat([nll_labels.long(), rejected]).reshape(-1)
-    check_labels("nll_labels", nll_labels, hidden, expected=positions)
+    expected = hidden.shape[:-1]
+    if isinstance(nll_labels, Tensor) and nll_labels.dim() == 2 == len(expected):
+        pairs, length = expected[0] // 2, expected[1]
+        if nll_labels.shape[0] == pairs:
+            check_labels("nll_labels", nll_labels, hidden, expected=torch.Size([pairs, length]))
+            nll_labels = F.pad(nll_labels.long(), (0, 0, 0, pairs), value=ignore_index)
+    check_labels("nll_labels", nll_labels, hidden, expected=expected)
     return nll_labels.long().reshape(-1).contiguous()
