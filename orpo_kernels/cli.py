@@ -24,7 +24,9 @@ from typing import Any
 import torch
 
 import orpo_kernels
+from orpo_kernels.backends import by_preference
 from orpo_kernels.integrations import TRAINERS, Trainer
+from orpo_kernels.integrations.trainer import BACKEND_VARIABLE, WORKSPACE_VARIABLE, Settings
 from orpo_kernels.startup import sitecustomize
 
 PREFIX = "orpo_kernels:"
@@ -56,15 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor()
     if options.target is None:
         run.error("-m needs the name of a module" if options.module else "a script is missing")
-    for variable, value in (
-        ("ORPO_KERNELS_BACKEND", options.backend),
-        ("ORPO_KERNELS_WORKSPACE_BYTES", options.workspace_bytes),
-    ):
-        if value is not None:
-            os.environ[variable] = value  # where child processes find it too
-    if options.backend is not None or options.workspace_bytes is not None:
-        from orpo_kernels.integrations.trainer import Settings
-
+    chosen = {BACKEND_VARIABLE: options.backend, WORKSPACE_VARIABLE: options.workspace_bytes}
+    chosen = {variable: value for variable, value in chosen.items() if value is not None}
+    if chosen:
+        os.environ.update(chosen)  # where child processes find it too
         try:
             Settings.chosen(None, None)
         except ValueError as error:
@@ -185,8 +182,6 @@ def _their_traceback(
 
 def doctor() -> int:
     """Print what a bug report needs."""
-    from orpo_kernels.backends import by_preference
-
     print(f"orpo_kernels {orpo_kernels.__version__}, python {platform.python_version()}, {platform.platform()}")
     for library in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger-kernel"):
         print(f"  {library:<13} {_version(library) or 'not installed'}")
