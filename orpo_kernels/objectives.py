@@ -51,6 +51,11 @@ class PairLogps(NamedTuple):
     def rejected_mean(self) -> Tensor:
         return self.rejected_sum / self.rejected_length.clamp(min=1)
 
+    @property
+    def valid(self) -> Tensor:
+        """Whether both answers have a token."""
+        return (self.chosen_length > 0) & (self.rejected_length > 0)
+
     def reference(self) -> tuple[Tensor, Tensor]:
         """The reference model's sums, chosen and rejected.
 
