@@ -46,14 +46,13 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
             raise TypeError(
                 f"{name} must be a dense, strided tensor, got layout {tensor.layout}: call .to_dense() first"
             )
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no data: load or gather it before the loss")
     if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
         raise ValueError(
             "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "
             "pass weight.full_tensor(grad_placements=[Partial('avg')])"
         )
-    for name, tensor in named:
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no data: load or gather it before the loss")
     if weight.numel() == 0:
         raise ValueError(
             f"weight is empty (shape {shape(weight)}): DeepSpeed ZeRO-3 keeps parameters partitioned; call the loss "
@@ -68,10 +67,8 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
         raise ValueError(f"hidden must be {expected}, got shape {shape(hidden)}: pass the model's last hidden states")
     if hidden.shape[-1] != weight.shape[1]:
         transposed = hidden.shape[-1] == weight.shape[0]
-        hint = (
-            ": weight looks transposed; pass weight.T" if transposed else ": pass the head that belongs to this model"
-        )
-        raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns{hint}")
+        hint = "weight looks transposed; pass weight.T" if transposed else "pass the head that belongs to this model"
+        raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns: {hint}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias must be [{weight.shape[0]}], one entry a row of weight, got shape {shape(bias)}: pass its own"

@@ -161,9 +161,8 @@ class TritonBackend(Backend):
         logps = found.logps
         rows = len(PAIR_ROWS) + 1 + len(objective.metric_names)
         values, g = logps.new_empty((rows, pairs.last - pairs.first)), torch.empty_like(logps)
-        numbers = {"beta": float(objective.beta), "nll_weight": given.nll_weight}
         with _on(logps):
-            kernels.pairs.odds_ratio(logps, found.logit_means, pairs, g, values, given.by_sequence, **numbers)
+            kernels.pairs.odds_ratio(logps, found.logit_means, pairs, given, objective.beta, g, values)
         return PairTable(values, g)
 
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
