@@ -123,7 +123,7 @@ def imported(name: str) -> None:
         if name in trainer.homes:
             _patch(trainer)
     if name in BUILT:
-        _when_first_built(getattr(sys.modules[name], BUILT[name]), _built)
+        _say_when_first_built(getattr(sys.modules[name], BUILT[name]))
 
 
 def _patch(trainer: Trainer) -> None:
@@ -150,9 +150,8 @@ def _built(cls: type) -> None:
         _say(f"patched nothing so far: a {cls.__name__} is built and no {known} was imported")
 
 
-def _when_first_built(cls: Any, then: Callable[[type], None]) -> None:
-    init = cls.__init__
-    due = [then]
+def _say_when_first_built(cls: Any) -> None:
+    init, due = cls.__init__, [_built]
 
     @functools.wraps(init)
     def first(self: Any, *args: Any, **kwargs: Any) -> None:
