@@ -118,6 +118,14 @@ class Edit(NamedTuple):
     graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
 
 
+# What the handlers themselves ask of a stand-in, many times an operation.
+_PLAIN = {torch.Tensor.dim}
+_PLAIN.update(
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn")
+)
+
+
 class LazyLogits(torch.Tensor):
     """A tensor of logits, or of what a loss first makes of them, that is not there."""
 
@@ -147,6 +155,9 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PLAIN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         from orpo_kernels.integrations.lazy.operations import call
 
         return call(func, args, kwargs or {})
