@@ -5,7 +5,7 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
+    lazies = _lazies((*args, *kwargs.values()))
     for x in lazies:
         with _outside_inference():
             _settle(x)
@@ -62,6 +62,19 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _outside_inference():
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _lazies(values: Iterable[Any]) -> list[LazyLogits]:
+    """The stand-ins among arguments, also in lists of them."""
+    found: list[LazyLogits] = []
+    for value in values:
+        if isinstance(value, LazyLogits):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _lazies(value)
+        elif isinstance(value, dict):
+            found += _lazies(value.values())
+    return found
 
 
 # Operations that autocast computes in float32. The lists are torch's own for each device type.

@@ -95,17 +95,22 @@ class Root:
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
 
+    def held(self) -> Inputs | None:
+        """The tensors of the call, or None where nothing holds them any more."""
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
+        return inputs
+
     def inputs(self) -> Inputs:
         """The tensors of the call.
 
         Raises:
             RuntimeError: backward has freed them, or hidden was changed in place.
         """
-        inputs, node = self._inputs(), None if self.node is None else self.node()
-        if inputs is None and node is not None:
-            # Kept for the node's backward: what checkpoint saves may be unpacked once.
-            inputs = node.unpacked = Inputs(*node.saved_tensors)
-            self._inputs = weakref.ref(inputs)
+        inputs = self.held()
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
         if _version(inputs.hidden) != inputs.versions[0]:

@@ -118,6 +118,14 @@ class Edit(NamedTuple):
     graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
 
 
+# What the handlers themselves ask of a stand-in, many times an operation.
+_PLAIN = {torch.Tensor.dim}
+_PLAIN.update(
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn")
+)
+
+
 class LazyLogits(torch.Tensor):
     """A tensor of logits, or of what a loss first makes of them, that is not there."""
 
@@ -147,6 +155,9 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PLAIN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         from orpo_kernels.integrations.lazy.operations import call
 
         return call(func, args, kwargs or {})
@@ -206,14 +217,14 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
-    inputs: Inputs  # of the root, which live as long as this does
+    inputs: Inputs | None  # of the root, which live as long as this does
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
-        self.view_of, self.terms, self.inputs = view, terms, view.root.inputs()
+        self.view_of, self.terms, self.inputs = view, terms, view.root.held()
         return self
 
     def __init__(self, view: View, terms: Terms) -> None:
