@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from orpo_kernels.integrations import fuse, fusion_report
+from orpo_kernels.integrations import fusion_report
 from tests.lazy.chains import CHAINS, MODULES, Batch, Chain, Result, make_batch
-from tests.lazy.tiny import DTYPES, KINDS, Tiny, compare, judge, step
+from tests.lazy.tiny import DTYPES, KINDS, Tiny, compare, step
 
 BATCH = make_batch()
 SOURCES = {"catalogue.py", *(Path(str(module.__file__)).name for module in MODULES)}
@@ -22,10 +22,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # A chain that needs the full logits says so; that it does is asserted from the report.
 pytestmark = pytest.mark.filterwarnings("ignore:orpo_kernels. .*full logits")
-
-
-def fused(model: Tiny) -> Tiny:
-    return fuse(model, head="lm_head")
 
 
 def assert_lazy(model: Tiny, chain: Chain) -> None:
@@ -49,35 +45,20 @@ def assert_lazy(model: Tiny, chain: Chain) -> None:
 @every_kind
 @every_dtype
 def test_fused_is_stock(chain: Chain, kind: str, dtype: torch.dtype) -> None:
-    truth = step(Tiny(kind, torch.float64), chain.run, BATCH)
-    coarse = step(Tiny(kind, torch.float32), chain.run, BATCH)
-    stock = step(Tiny(kind, dtype), chain.run, BATCH)
-    model = fused(Tiny(kind, dtype))
-    forward: list[float] = []
-    ours = step(model, chain.run, BATCH, lambda: forward.append(fusion_report(model).products))
-    judge(ours, stock, coarse, truth, dtype)
+    """One pass answers every statistic; its backward recomputes once and gives two gradients."""
+    model, forward = compare(chain.run, BATCH, kind, dtype)
     assert_lazy(model, chain)
     report = fusion_report(model)
     assert report.calls == 1
     if chain.lazy:
-        # One pass answers every statistic; its backward recomputes once and gives two gradients.
-        assert forward[0] <= 1 + ROUNDING
+        assert forward <= 1 + ROUNDING
         assert report.products <= 4 + ROUNDING
-        assert "loss" in ours.values or report.products <= 1 + ROUNDING
 
 
 @every_chain
 def test_frozen_head(chain: Chain) -> None:
     """Without a gradient for the weight one product less; log-probabilities alone leave the backward none to redo."""
-
-    def frozen(model: Tiny) -> Tiny:
-        model.lm_head.requires_grad_(False)
-        return model
-
-    truth = step(frozen(Tiny("bias", torch.float64)), chain.run, BATCH)
-    coarse = step(frozen(Tiny("bias", torch.float32)), chain.run, BATCH)
-    model = fused(frozen(Tiny("bias", torch.float64)))
-    judge(step(model, chain.run, BATCH), truth, coarse, truth, torch.float64)
+    model, _ = compare(chain.run, BATCH, "bias", torch.float64, frozen=True)
     assert_lazy(model, chain)
     if chain.lazy:
         assert fusion_report(model).products <= (2 if chain.logprobs else 3) + ROUNDING
@@ -86,28 +67,26 @@ def test_frozen_head(chain: Chain) -> None:
 @every_chain
 def test_without_gradient(chain: Chain) -> None:
     """A reference model, or an evaluation: one product, whatever is asked."""
-    ours = fused(Tiny("softcap", torch.float64))
-    models = ours, Tiny("softcap", torch.float32), Tiny("softcap", torch.float64)
 
     def quiet(logits: Tensor, batch: Batch) -> Result:
         return Result(None, chain.run(logits, batch).values)
 
     with torch.no_grad():
-        found, coarse, truth = (step(model, quiet, BATCH) for model in models)
-    judge(found, truth, coarse, truth, torch.float64)
-    assert_lazy(ours, chain)
+        model, _ = compare(quiet, BATCH, "softcap", torch.float64)
+    assert_lazy(model, chain)
     if chain.lazy:
-        assert fusion_report(ours).products <= 1 + ROUNDING
+        assert fusion_report(model).products <= 1 + ROUNDING
 
 
 @every_chain
-def test_other_weights(chain: Chain) -> None:
-    """A second model and batch, with a report that was emptied in between."""
-    model = fused(Tiny("bias", torch.float32))
+def test_other_batch(chain: Chain) -> None:
+    """Other weights, other labels; and a report that was emptied has nothing of the batch before."""
+    model, _ = compare(chain.run, make_batch(seed=1), "bias", torch.float32, seed=1)
+    report = fusion_report(model)
+    report.reset()
+    assert (report.calls, report.products, report.chains, report.materialised) == (0, 0, {}, [])
     step(model, chain.run, BATCH)
-    fusion_report(model).reset()
-    assert fusion_report(model).products == 0
-    compare(fused, chain.run, make_batch(seed=1), "bias", torch.float32, seed=1)
+    assert_lazy(model, chain)
 
 
 def test_catalogue_is_told_apart() -> None:

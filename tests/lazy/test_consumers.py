@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from orpo_kernels.integrations import fuse, fusion_report
+from orpo_kernels.integrations import fusion_report
 from tests.lazy.chains import CHAINS, Batch, Chain, Result, make_batch
-from tests.lazy.tiny import KINDS, Tiny, compare
+from tests.lazy.tiny import KINDS, Tiny, compare, fused
 
 BATCH, OTHER = make_batch(), make_batch(seed=1)
 ROUNDING = 1e-6
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:orpo_kernels. .*full logits")
 
 def both(kind: str = "bias") -> tuple[Tiny, Tiny]:
     """The same model in float64, stock and fused."""
-    return Tiny(kind, torch.float64), fuse(Tiny(kind, torch.float64), head="lm_head")
+    return Tiny(kind, torch.float64), fused(Tiny(kind, torch.float64))
 
 
 def same(one: Any, other: Any) -> None:
@@ -76,16 +76,9 @@ def test_two_chains_share_logits(pair: tuple[Chain, Chain]) -> None:
         values = {f"0 {k}": v for k, v in first.values.items()} | {f"1 {k}": v for k, v in second.values.items()}
         return Result(sum(losses, start=losses[0] * 0) if losses else None, values)
 
-    seen: list[Tiny] = []
-
-    def fused(model: Tiny) -> Tiny:
-        seen.append(fuse(model, head="lm_head"))
-        return seen[-1]
-
-    kind = KINDS[len(one.name) % len(KINDS)]
-    compare(fused, together, BATCH, kind, torch.float64)
+    model, _ = compare(together, BATCH, KINDS[len(one.name) % len(KINDS)], torch.float64)
     if one.lazy and other.lazy:
-        report = fusion_report(seen[-1])
+        report = fusion_report(model)
         assert report.materialised == []
         # Another temperature, or a scale met after the first statistics, is a pass of its own.
         assert report.products <= 5 + ROUNDING
@@ -349,7 +342,7 @@ def test_autocast() -> None:
     for wide in (True, False, False):
         model = Tiny("bias", torch.float64 if wide else torch.float32)
         if len(found) == 2:
-            fuse(model, head="lm_head")
+            fused(model)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not wide):
             logits = model(BATCH.ids).logits
             loss = nll(logits)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orpo_kernels.integrations import fuse, fusion_report, unfuse
+from orpo_kernels.integrations import fusion_report, unfuse
 from tests.lazy.catalogue import BATCH as ROWS
 from tests.lazy.catalogue import LENGTH, VOCAB
 from tests.lazy.chains import make_batch
 from tests.lazy.test_robustness import dense, logits_of, pair, same
-from tests.lazy.tiny import Tiny
+from tests.lazy.tiny import Tiny, fused
 
 BATCH = make_batch()
 pytestmark = pytest.mark.filterwarnings("ignore:orpo_kernels. .*full logits")
@@ -182,7 +182,7 @@ def test_training_ten_steps() -> None:
 
 def test_unfused_is_stock() -> None:
     stock, model = pair()
-    assert fuse(model, head="lm_head") is model
+    assert fused(model) is model
     assert unfuse(model) is model
     logits = model(BATCH.ids).logits
     assert type(logits) is Tensor

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orpo_kernels.integrations import fuse
 from tests.lazy.catalogue import BATCH as ROWS
 from tests.lazy.catalogue import LENGTH, VOCAB
 from tests.lazy.chains import make_batch
-from tests.lazy.tiny import Tiny
+from tests.lazy.tiny import Tiny, fused
 
 BATCH = make_batch()
 pytestmark = pytest.mark.filterwarnings("ignore:orpo_kernels. .*full logits")
 
 
 def pair(kind: str = "bias", dtype: torch.dtype = torch.float64) -> tuple[Tiny, Tiny]:
-    return Tiny(kind, dtype), fuse(Tiny(kind, dtype), head="lm_head")
+    return Tiny(kind, dtype), fused(Tiny(kind, dtype))
 
 
 def logits_of(kind: str = "bias") -> tuple[Tensor, Tensor]:

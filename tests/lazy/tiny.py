@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
+from orpo_kernels.integrations import fuse, fusion_report
 from tests.lazy.catalogue import VOCAB, Batch, Result
 
 FEATURES = 16
@@ -45,6 +46,10 @@ class Tiny(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
+def fused(model: Tiny) -> Tiny:
+    return fuse(model, head=model.lm_head)
+
+
 @dataclass
 class Outcome:
     """Every number one step gives: the loss and the chain's values, and the gradient of every parameter."""
@@ -53,15 +58,9 @@ class Outcome:
     grads: dict[str, Tensor]
 
 
-def step(
-    model: Tiny,
-    consume: Callable[[Tensor, Batch], Result],
-    batch: Batch,
-    after_forward: Callable[[], None] = lambda: None,
-) -> Outcome:
+def step(model: Tiny, consume: Callable[[Tensor, Batch], Result], batch: Batch) -> Outcome:
     """One forward, one backward where the consumer has a loss; gradients are taken away from the parameters."""
     result = consume(model(batch.ids).logits, batch.to(model.lm_head.weight.dtype))
-    after_forward()
     values = dict(result.values)
     if result.loss is not None:
         values["loss"] = result.loss
@@ -117,17 +116,30 @@ def _norm(value: Tensor) -> float:
 
 
 def compare(
-    fuse: Callable[[Tiny], Tiny],
     consume: Callable[[Tensor, Batch], Result],
     batch: Batch,
     kind: str,
     dtype: torch.dtype,
-    after_forward: Callable[[], None] = lambda: None,
+    *,
     seed: int = 0,
-) -> None:
-    """A fused step judged beside stock ones; ``after_forward`` runs between its forward and its backward."""
-    truth = step(Tiny(kind, torch.float64, seed), consume, batch)
-    coarse = step(Tiny(kind, torch.float32, seed), consume, batch)
-    stock = step(Tiny(kind, dtype, seed), consume, batch)
-    ours = step(fuse(Tiny(kind, dtype, seed)), consume, batch, after_forward)
-    judge(ours, stock, coarse, truth, dtype)
+    frozen: bool = False,
+) -> tuple[Tiny, float]:
+    """A fused step judged beside stock ones: the fused model, and the products its forward took."""
+
+    def made(dtype: torch.dtype) -> Tiny:
+        model = Tiny(kind, dtype, seed)
+        model.lm_head.requires_grad_(not frozen)
+        return model
+
+    forward = 0.0
+    model = fused(made(dtype))
+
+    def counted(logits: Tensor, batch: Batch) -> Result:
+        nonlocal forward
+        result = consume(logits, batch)
+        forward = fusion_report(model).products
+        return result
+
+    truth, coarse, stock = (step(made(each), consume, batch) for each in (torch.float64, torch.float32, dtype))
+    judge(step(model, counted, batch), stock, coarse, truth, dtype)
+    return model, forward
