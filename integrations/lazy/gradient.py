@@ -157,6 +157,12 @@ class Term:
             tuple(replace(each, grad=each.grad * factor) for each in self.dense),
         )
 
+    def trimmed(self) -> Term:
+        """Without vectors of zeros: ``logits.sum() * 0`` asks for a gradient and no product."""
+        vectors = (self.softmax, self.weighted, self.constant)
+        kept = [None if v is None or not v.any() else v for v in vectors]
+        return Term(self.mapping, *kept, self.entries, self.dense)
+
     def touched(self, n: int) -> Tensor:
         """``[n]`` bool: the root's rows that have a gradient."""
         vectors = [v != 0 for v in (self.softmax, self.weighted, self.constant) if v is not None]

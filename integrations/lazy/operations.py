@@ -23,6 +23,12 @@ METADATA = frozenset(
     __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
+# Operations that take a tensor's shape, dtype and device for a new one.
+LIKE = frozenset(
+    """
+    new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
+    """.split()  # noqa: SIM905 - as above
+)
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -33,6 +39,11 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if name in LIKE:
+        like = torch.utils._pytree.tree_map_only(
+            LazyLogits, lambda x: torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape), (args, kwargs)
+        )
+        return func(*like[0], **like[1])
     lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     for x in lazies:
         if x.lost is not None:

@@ -168,6 +168,7 @@ class Root:
 
         weights = weight.detach(), None if bias is None else bias.detach()
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)

@@ -80,6 +80,8 @@ class Chain:
 
     ``lazy``: no operation of it needs the full logits. ``logprobs``: its gradient comes through log-probabilities of
     targets alone, for which a frozen head keeps what the forward found. ``in_place``: it changes the logits it gets.
+    ``passes``: products its forward takes; the best k, and the same rows at a second temperature, are passes of their
+    own. ``unless``: kinds of models (``tiny.KINDS``) with which it needs the full logits after all.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Chain:
     lazy: bool = True
     logprobs: bool = False
     in_place: bool = False
+    passes: int = 1
+    unless: tuple[str, ...] = ()
 
 
 CHAINS: dict[str, Chain] = {}
@@ -99,12 +103,14 @@ def chain(
     lazy: bool = True,
     logprobs: bool = False,
     in_place: bool = False,
+    passes: int = 1,
+    unless: tuple[str, ...] = (),
 ) -> Callable[[Callable[[Tensor, Batch], Result]], Callable[[Tensor, Batch], Result]]:
     """Enter a function into ``CHAINS`` under its own name."""
 
     def register(function: Callable[[Tensor, Batch], Result]) -> Callable[[Tensor, Batch], Result]:
         assert function.__name__ not in CHAINS, function.__name__
-        CHAINS[function.__name__] = Chain(function.__name__, stack, function, lazy, logprobs, in_place)
+        CHAINS[function.__name__] = Chain(function.__name__, stack, function, lazy, logprobs, in_place, passes, unless)
         return function
 
     return register

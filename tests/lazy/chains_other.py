@@ -62,7 +62,7 @@ def llamafactory_dft(logits: Tensor, batch: Batch) -> Result:
     return Result((per_token * torch.exp(-per_token.detach())).sum() / valid.sum(), {"per_token": per_token})
 
 
-@chain("LLaMA-Factory, Axolotl SFT, eaft")
+@chain("LLaMA-Factory, Axolotl SFT, eaft", passes=2)
 def llamafactory_eaft(logits: Tensor, batch: Batch) -> Result:
     """Each token is weighted by the entropy of its twenty best."""
     logits = upcast(logits)
@@ -128,7 +128,7 @@ def axolotl_orpo(logits: Tensor, batch: Batch) -> Result:
     return Result(nll + odds_ratio(together, n), {"means": together, "losses": losses})
 
 
-@chain("Axolotl GRPO, async", logprobs=True)
+@chain("Axolotl GRPO, async", logprobs=True, passes=2)
 def axolotl_grpo_async(logits: Tensor, batch: Batch) -> Result:
     """All sequences are packed in one row, which is taken apart again; the zero keeps every parameter in the graph."""
     packed = torch.nan_to_num(logits.view(1, -1, logits.shape[-1]))
@@ -256,7 +256,7 @@ def verl_actor(logits: Tensor, batch: Batch) -> Result:
     return Result(loss, {"logps": logps, "entropy": entropy})
 
 
-@chain("verl, a temperature for each token", logprobs=True, in_place=True)
+@chain("verl, a temperature for each token", logprobs=True, in_place=True, unless=("bias", "softcap"))
 def verl_token_temperature(logits: Tensor, batch: Batch) -> Result:
     packed, index = _packed(logits, batch)
     flat = packed.squeeze(0)
@@ -278,7 +278,7 @@ def verl_checkpointed_entropy(logits: Tensor, batch: Batch) -> Result:
     return Result(-gathered(flat, index).mean() - 0.1 * entropy.mean(), {"entropy": entropy})
 
 
-@chain("verl, sum of squared probabilities")
+@chain("verl, sum of squared probabilities", passes=2)
 def verl_sum_of_squares(logits: Tensor, batch: Batch) -> Result:
     packed, index = _packed(logits, batch)
     flat = packed.squeeze(0)

@@ -120,7 +120,7 @@ def trl_sdpo_sampled(logits: Tensor, batch: Batch) -> Result:
     return Result((apart.detach() * logps).mean(), {"logps": logps})
 
 
-@chain("TRL 1.16 SDPO, SDFT top k")
+@chain("TRL 1.16 SDPO, SDFT top k", passes=2)
 def trl_sdpo_topk(logits: Tensor, batch: Batch) -> Result:
     """The student's k best, with gradient, against the teacher at the same tokens."""
     student = logits[:, :-1][:, -KEEP:] / TEMPERATURE
@@ -159,7 +159,7 @@ def trl_gold_cross_entropy(logits: Tensor, batch: Batch) -> Result:
     return Result(F.cross_entropy(shift.view(-1, shift.size(-1)), labels.view(-1), ignore_index=IGNORE), {})
 
 
-@chain("TRL 1.16 IW-OPD")
+@chain("TRL 1.16 IW-OPD", passes=2)
 def trl_iw_opd(logits: Tensor, batch: Batch) -> Result:
     scaled = logits[:, PROMPT - 1 : -1] / TEMPERATURE
     index = batch.ids[:, PROMPT:]
@@ -216,7 +216,7 @@ def trl_012_dpo_padding_free(logits: Tensor, batch: Batch) -> Result:
     return Result(dpo(logps.view(batch.ids.shape).sum(-1), batch), {"logps": logps, **values})
 
 
-@chain("TRL 0.13-0.27 DPO with WPO")
+@chain("TRL 0.13-0.27 DPO with WPO", passes=2)
 def trl_012_wpo(logits: Tensor, batch: Batch) -> Result:
     """The weight of a pair is its likelihood beside the expected one, without gradient."""
     index, mask = answers(batch)
@@ -250,7 +250,7 @@ def trl_10_dpo(logits: Tensor, batch: Batch) -> Result:
     return Result(dpo((logps * mask).sum(-1), batch) + nll, values)
 
 
-@chain("TRL 0.29-1.9 DPO with WPO")
+@chain("TRL 0.29-1.9 DPO with WPO", passes=2)
 def trl_10_wpo(logits: Tensor, batch: Batch) -> Result:
     index, mask = answers(batch)
     shifted = logits[..., :-1, :]
