@@ -149,7 +149,7 @@ def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
         lse = _lse(x, "logsumexp", mapping) - view.factor * _lse(x, "logsumexp")
     out = (lse.unsqueeze(-1) if keepdim else lse).to(x.dtype)
     if keepdim and view.kind == "logits":
-        out._orpo_lse_of = view  # type: ignore[attr-defined]
+        out._orpo_lse_of = view, out._version  # type: ignore[attr-defined]
     return out
 
 

@@ -71,6 +71,8 @@ class Root:
         self.views: list[weakref.ref[Tensor]] = []
         self.expired = False
         self.stored = 0  # bytes of E that wait for backward
+        self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
+        self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots.add(self)

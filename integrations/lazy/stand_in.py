@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class View:
     vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
     family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
     chain: tuple[str, ...] = ()  # operations so far, for the report
+    graph: object = field(default_factory=object)  # shared by views that autograd follows from one to another
 
     @property
     def shape(self) -> torch.Size:
@@ -63,13 +64,16 @@ class View:
     def dense(self) -> Tensor:
         """What this stands for, computed."""
         root, rows = self.root, self.rows.reshape(-1)
-        out = torch.empty((rows.numel(), self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        # Not a view of anything: autograd lets nobody change in place a view that a node returned.
+        out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        flat = out.view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
-                out[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
+                flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        out = out.view(*self.rows.shape, self.mapping.vocab)
-        return out if self.vocab_dim == -1 else out.movedim(-1, self.vocab_dim).contiguous()
+        if self.vocab_dim == -1:
+            return out
+        return out.movedim(-1, self.vocab_dim).clone(memory_format=torch.contiguous_format)
 
     def terms_of_dense(self, grad: Tensor) -> Terms:
         """A dense gradient of the stand-in's shape."""
@@ -105,6 +109,15 @@ def _strides(shape: torch.Size) -> list[int]:
     return [*strides, max(step, 2)]
 
 
+class Edit(NamedTuple):
+    """A scale in place of a view that shares memory with others."""
+
+    rows: Tensor  # of the root
+    factor: float | Tensor  # of all rows, or of each
+    vocab: int  # columns, from the first
+    graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
+
+
 class LazyLogits(torch.Tensor):
     """A tensor of logits, or of what a loss first makes of them, that is not there."""
 
@@ -112,7 +125,8 @@ class LazyLogits(torch.Tensor):
     own: Tensor | None  # the values, once something changed them in place or needed all of them
     changed: bool  # whether ``own`` is no longer what the view says
     lost: str | None  # why it cannot be used any more
-    edits: list[tuple[Tensor, float | Tensor]]  # scales in place, of views that share memory
+    own_version: int  # of ``own`` as it was computed
+    edits: list[Edit]  # of views that share memory
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
@@ -120,6 +134,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
+        self.own_version = 0
         views = view.root.views
         views.append(weakref.ref(self))
         if len(views) % 64 == 0:
@@ -158,9 +173,9 @@ def _mutates(argument: Any) -> bool:
 
 def copy_of(x: LazyLogits) -> LazyLogits:
     """Another tensor that stands for the same, unknown to autograd."""
-    copy = LazyLogits(x.view_of)
+    copy = LazyLogits(replace(x.view_of, graph=object()))
     copy.own = None if x.own is None else x.own.detach()
-    copy.changed, copy.lost, copy.edits = x.changed, x.lost, list(x.edits)
+    copy.own_version, copy.changed, copy.lost, copy.edits = x.own_version, x.changed, x.lost, list(x.edits)
     return copy
 
 
@@ -170,8 +185,14 @@ def computed(x: LazyLogits, operation: str) -> Tensor:
         raise RuntimeError(x.lost)
     if x.own is None:
         x.view_of.root.site.report.materialise(operation, x.view_of.bytes)
-        x.own = x.view_of.dense()
+        keep(x, x.view_of.dense())
+    assert x.own is not None
     return x.own.detach()
+
+
+def keep(x: LazyLogits, own: Tensor) -> None:
+    """Take values as those that the stand-in stands for."""
+    x.own, x.own_version, x.view_of.root.in_memory = own, own._version, True
 
 
 class LazyGrad(torch.Tensor):
@@ -349,7 +370,7 @@ class ReduceNode(torch.autograd.Function):
     def forward(ctx: Any, x: LazyLogits, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view, ctx.terms = x.view_of, terms
-        return value
+        return value.clone()  # an input returned as it is would be a view, which nobody may change in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
