@@ -159,9 +159,12 @@ class Term:
 
     def trimmed(self) -> Term:
         """Without vectors of zeros: ``logits.sum() * 0`` asks for a gradient and no product."""
-        vectors = (self.softmax, self.weighted, self.constant)
-        kept = [None if v is None or not v.any() else v for v in vectors]
-        return Term(self.mapping, *kept, self.entries, self.dense)
+
+        def kept(vector: Tensor | None) -> Tensor | None:
+            return vector if vector is not None and vector.any() else None
+
+        softmax, weighted, constant = kept(self.softmax), kept(self.weighted), kept(self.constant)
+        return replace(self, softmax=softmax, weighted=weighted, constant=constant)
 
     def touched(self, n: int) -> Tensor:
         """``[n]`` bool: the root's rows that have a gradient."""

@@ -29,6 +29,15 @@ LIKE = frozenset(
     new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
     """.split()  # noqa: SIM905 - as above
 )
+# Operations that would leave the stand-in with another shape, which a tensor without memory cannot take.
+RESHAPES = frozenset(
+    """
+    squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ resize_ resize_as_ set_
+    """.split()  # noqa: SIM905 - as above
+)
+# What autocast computes in float32, of what has a handler.
+WIDENED = frozenset(("cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"))
+WIDENED_ON_GPU = WIDENED | {"log_softmax", "softmax", "logsumexp", "sum", "exp", "log"}
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -49,6 +58,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _settle(x)
         if x.lost is not None:
             raise RuntimeError(x.lost)
+    if lazies and torch.is_autocast_enabled(lazies[0].device.type):
+        args, kwargs = _autocast(name, args, kwargs)
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     out = kwargs.pop("out", None)
@@ -80,8 +91,18 @@ def values(x: LazyLogits, operation: str) -> Tensor:
     return x.own
 
 
+def _autocast(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments as autocast would give them to an operation."""
+
+    def wide(x: LazyLogits) -> Any:
+        listed = name in (WIDENED if x.device.type == "cpu" else WIDENED_ON_GPU)
+        return HANDLERS["float"](x) if listed and x.dtype in (torch.bfloat16, torch.float16) else x
+
+    return torch.utils._pytree.tree_map_only(LazyLogits, wide, (args, kwargs))
+
+
 def _changes_first(func: Any, name: str) -> bool:
-    if name in ("__setitem__", "set_", "resize_", "resize_as_"):
+    if name == "__setitem__":
         return True
     in_place = (
         name.startswith("__i")
@@ -94,6 +115,11 @@ def _changes_first(func: Any, name: str) -> bool:
 def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation in place that is no scale: on the values, which stand for this tensor from now on."""
     x: LazyLogits = args[0]
+    if name in RESHAPES:
+        raise RuntimeError(
+            f"orpo_kernels: {name} would give lazy logits another shape in place, which they cannot take: use "
+            f"{name.removesuffix('_')}, which returns a tensor, or unfuse(model)"
+        )
     with torch.set_grad_enabled(x.requires_grad or torch.is_grad_enabled()):
         own = values(x, name)  # on the graph also where the change is made past it
     rest = torch.utils._pytree.tree_map_only(
@@ -106,7 +132,8 @@ def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _took_over(x: LazyLogits, name: str) -> None:
     """From now on the values that x has are what it stands for."""
-    x.changed = True
+    assert x.own is not None
+    x.changed, x.own_version = True, x.own._version
     for other in sharing(x):
         other.lost = (
             f"orpo_kernels: {name} changed lazy logits in place, and this view of them, which was taken before, would "
@@ -119,7 +146,7 @@ def _settle(x: LazyLogits) -> None:
     root = x.view_of.root
     if root.in_memory:
         for y in (x, *sharing(x)):
-            if y.own is not None and not y.changed and y.own._version != y.own_version:
+            if y.own is not None and y.own._version != y.own_version:
                 _took_over(y, "an operation on a view of them")
     if any(column._version != version for column, version in root.columns):
         raise RuntimeError(
@@ -159,7 +186,8 @@ def _settle(x: LazyLogits) -> None:
         else:
             with torch.set_grad_enabled(x.requires_grad):
                 own = own * scale
-        x.own, x.changed = own, True
+        keep(x, own)
+        x.changed = True
 
 
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,6 +213,13 @@ def _shown(x: LazyLogits, *_: Any, **__: Any) -> str:
 
 HANDLERS["__repr__"] = HANDLERS["__str__"] = _shown
 HANDLERS["__format__"] = lambda x, spec="": _shown(x)
+
+
+@handles("share_memory_")
+def _shared(x: LazyLogits) -> LazyLogits:
+    """No value changes: what shares memory with this tensor stays what it is."""
+    values(x, "share_memory_").share_memory_()
+    return x
 
 
 @handles("__reduce_ex__", "__deepcopy__")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orpo_kernels.integrations import fusion_report
 from tests.lazy.chains import CHAINS, MODULES, Batch, Chain, Result, make_batch
-from tests.lazy.tiny import DTYPES, KINDS, Tiny, compare, fused, step
+from tests.lazy.tiny import DTYPES, KINDS, Tiny, compare, fused, second_step, step
 
 BATCH = make_batch()
 SOURCES = {"catalogue.py", *(Path(str(module.__file__)).name for module in MODULES)}
@@ -44,6 +44,10 @@ def assert_lazy(model: Tiny, chain: Chain) -> None:
         assert record.operation
         assert record.count > 0
         assert record.bytes > 0
+
+
+def quiet(chain: Chain) -> Callable[[Tensor, Batch], Result]:
+    return lambda logits, batch: Result(None, chain.run(logits, batch).values)
 
 
 @every_chain
@@ -81,37 +85,15 @@ def test_products(chain: Chain, kind: str) -> None:
     if not lazy(chain, kind):
         pytest.skip("the full logits are computed, and what that costs is not bounded here")
     model = fused(Tiny(kind, torch.float64))
-    forward, both = second_step(model, chain.run)
+    forward, both = second_step(model, chain.run, BATCH)
     assert forward <= chain.passes + ROUNDING
     assert both <= (3 if chain.logprobs and chain.passes == 1 else 3 + chain.passes) + ROUNDING
     model.lm_head.requires_grad_(False)
-    _, both = second_step(model, chain.run)
+    _, both = second_step(model, chain.run, BATCH)
     assert both <= (2 if chain.logprobs and chain.passes == 1 else 4) + ROUNDING
     with torch.no_grad():
-        forward, both = second_step(model, quiet(chain))
+        forward, both = second_step(model, quiet(chain), BATCH)
     assert forward == both <= chain.passes + ROUNDING
-
-
-def second_step(model: Tiny, consume: Callable[[Tensor, Batch], Result]) -> tuple[float, float]:
-    """The products that its forward took, and those of the whole step."""
-    report = fusion_report(model)
-    forward = 0.0
-
-    def counted(logits: Tensor, batch: Batch) -> Result:
-        nonlocal forward
-        result = consume(logits, batch)
-        forward = report.products
-        return result
-
-    step(model, consume, BATCH)
-    report.reset()
-    assert (report.calls, report.products, report.chains, report.materialised) == (0, 0, {}, [])
-    step(model, counted, BATCH)
-    return forward, report.products
-
-
-def quiet(chain: Chain) -> Callable[[Tensor, Batch], Result]:
-    return lambda logits, batch: Result(None, chain.run(logits, batch).values)
 
 
 def test_catalogue_is_told_apart() -> None:
@@ -123,3 +105,17 @@ def test_catalogue_is_told_apart() -> None:
         assert outcome.values, chain.name
         assert chain.stack
         assert all(torch.isfinite(value.double()).all() for value in outcome.values.values()), chain.name
+
+
+def test_report_is_emptied() -> None:
+    model = fused(Tiny("bias", torch.float64))
+    for name in ("trl_orpo", "trl_gkd"):
+        step(model, CHAINS[name].run, BATCH)
+    report = fusion_report(model)
+    assert report.calls == 2
+    assert report.products > 4
+    assert report.chains
+    assert [record.operation for record in report.materialised]
+    report.reset()
+    assert (report.calls, report.products, report.chains, report.materialised) == (0, 0, {}, [])
+    assert report.fused

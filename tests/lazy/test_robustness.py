@@ -42,41 +42,47 @@ def right_or_refused(operation: Callable[[Tensor], Any], kind: str = "bias", *, 
     """
     stock, ours = pair(kind)
     expected_logits, logits = stock(BATCH.ids).logits, ours(BATCH.ids).logits
-    expected = _attempt(operation, expected_logits)
-    found = _attempt(operation, logits)
+    expected, found = (_attempt(_read, operation, root) for root in (expected_logits, logits))
+    root = _attempt(dense, logits)
     if isinstance(expected, Exception):
         assert isinstance(found, Exception), f"plain logits raise {expected!r}"
         return
-    if isinstance(found, Exception):
-        assert refusable, repr(found)
-        assert isinstance(found, RuntimeError)
-        assert len(str(found)) > 20, "a refusal says why"
-        return
-    for one, other in zip(_tensors(found), _tensors(expected), strict=True):
-        assert one.shape == other.shape
+    for refusal in (found, root):
+        if isinstance(refusal, Exception):
+            assert refusable, repr(refusal)
+            assert isinstance(refusal, RuntimeError)
+            assert len(str(refusal)) > 20, "a refusal says why"
+            return
+    for (one, values), (other, true) in zip(found, expected, strict=True):
+        assert one.shape == other.shape == values.shape
         assert one.dtype == other.dtype
         assert one.requires_grad == other.requires_grad
-        same(dense(one), dense(other))
+        same(values, true)
     # The root as well: an operation in place that was dropped shows here.
-    same(dense(logits), dense(expected_logits))
-    backward = _attempt(_backward, [*_tensors(expected), expected_logits])
+    same(root, dense(expected_logits))
+    backward = _attempt(_backward, [one for one, _ in expected], expected_logits)
     if isinstance(backward, Exception):
         return  # what was changed in place had been saved: stock has no gradient to compare with
-    _backward([*_tensors(found), logits])
+    _backward([one for one, _ in found], logits)
     for (name, one), other in zip(ours.named_parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10, msg=f"{name}: {one.grad - other.grad}")
 
 
-def _attempt(operation: Callable[[Any], Any], argument: Any) -> Any:
+def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return operation(argument)
+        return function(*arguments)
     except Exception as error:
         return error
 
 
-def _backward(tensors: list[Tensor]) -> None:
-    losses = [tensor.square().sum() for tensor in tensors[:-1] if tensor.requires_grad]
-    (sum(losses) + tensors[-1][:, 2:5].logsumexp(-1).sum()).backward()
+def _read(operation: Callable[[Tensor], Any], logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What an operation returns, and the numbers of it."""
+    return [(tensor, dense(tensor)) for tensor in _tensors(operation(logits))]
+
+
+def _backward(tensors: list[Tensor], root: Tensor) -> None:
+    losses = [tensor.square().sum() for tensor in tensors if tensor.requires_grad]
+    (sum(losses) + root[:, 2:5].logsumexp(-1).sum()).backward()
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -134,7 +140,7 @@ def test_indexing(index: Any) -> None:
     right_or_refused(lambda logits: logits.log_softmax(-1)[index])
 
 
-@pytest.mark.parametrize("index", [ROWS, -ROWS - 1, (0, LENGTH), (0, 0, VOCAB), (0, 0, 0, 0), "a", 1.5])
+@pytest.mark.parametrize("index", [ROWS, -ROWS - 1, (0, LENGTH), (0, 0, VOCAB), (0, 0, 0, 0), 1.5])
 def test_wrong_index(index: Any) -> None:
     """The same exception that a plain tensor raises."""
     for logits in logits_of():
@@ -193,21 +199,25 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("operation", IN_PLACE.values(), ids=IN_PLACE.keys())
+# What cannot be followed: two views that both change what they share, and changes of a shape.
+REFUSED = {"div_ of overlapping slices", "out=", "squeeze_", "unsqueeze_", "transpose_"}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize("kind", ["bias", "softcap"])
-def test_in_place(operation: Callable[[Tensor], Any], kind: str) -> None:
+def test_in_place(name: str, kind: str) -> None:
     """The effect is seen through the root and through what is returned; it is never dropped."""
 
     def apply(logits: Tensor) -> list[Tensor]:
-        found = operation(logits)
+        found = IN_PLACE[name](logits)
         return _tensors(found) if found is not None else [logits]
 
-    right_or_refused(apply, kind, refusable=True)
+    right_or_refused(apply, kind, refusable=name in REFUSED)
 
 
 @pytest.mark.parametrize("operation", IN_PLACE.values(), ids=IN_PLACE.keys())
 def test_in_place_without_gradient(operation: Callable[[Tensor], Any]) -> None:
-    """After a statistic was taken, and under no_grad: what was found before stays, what comes after is new."""
+    """Past autograd, of logits on the graph, with a statistic and a view taken before: right or refused."""
 
     @torch.no_grad()
     def apply(logits: Tensor) -> list[Tensor]:
@@ -242,7 +252,7 @@ LEAVING: dict[str, Callable[[Tensor], Any]] = {
     "tolist": lambda z: torch.tensor(z.tolist(), dtype=torch.float64),
     "tolist of a row": lambda z: torch.tensor(z[0, 1].tolist(), dtype=torch.float64),
     "item": lambda z: torch.tensor(z[0, 1, 2].item(), dtype=torch.float64),
-    "float()": lambda z: torch.tensor(float(z[0, 1, 2]), dtype=torch.float64),
+    "float()": lambda z: torch.tensor(float(z.detach()[0, 1, 2]), dtype=torch.float64),
     "bool()": lambda z: torch.tensor(bool(z[0, 1, 2] > 0)),
     "iteration": lambda z: torch.stack([row.logsumexp(-1) for row in z]),
     "torch.tensor": lambda z: z.detach().clone(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
-from orpo_kernels.integrations import fuse
+from orpo_kernels.integrations import fuse, fusion_report
 from tests.lazy.catalogue import VOCAB, Batch, Result
 
 FEATURES = 16
@@ -138,3 +138,20 @@ def compare(
         error, floor = _distance(value, true), _floor(name, true, dtype)
         assert error <= max(FACTOR * theirs[name], floor), f"{name}: {error:.2e}, stock {theirs[name]:.2e}, {floor:.0e}"
     return model
+
+
+def second_step(model: Tiny, consume: Callable[[Tensor, Batch], Result], batch: Batch) -> tuple[float, float]:
+    """The products that its forward took, and those of the whole step."""
+    report = fusion_report(model)
+    forward = 0.0
+
+    def counted(logits: Tensor, batch: Batch) -> Result:
+        nonlocal forward
+        result = consume(logits, batch)
+        forward = report.products
+        return result
+
+    step(model, consume, batch)
+    report.reset()
+    step(model, counted, batch)
+    return forward, report.products
