@@ -1,4 +1,4 @@
-"""Chains of LLaMA-Factory, Axolotl, OpenRLHF, verl and ms-swift, rewritten from their description."""
+"""Chains of the ORPO paper, LLaMA-Factory, Axolotl, OpenRLHF, verl and ms-swift, rewritten from their description."""
 
 from __future__ import annotations
 
@@ -23,9 +23,31 @@ from tests.lazy.catalogue import (
     odds_ratio,
     policy_gradient,
     selective_log_softmax,
+    shifted_nll,
     simpo,
     upcast,
 )
+
+# ---- ORPO paper
+
+
+@chain("xfactlab/orpo", logprobs=True)
+def orpo_paper(logits: Tensor, batch: Batch) -> Result:
+    """Masked positions gather token 0: the mask is in the index and again after the gather; sums are in float64."""
+    mask = batch.mask[:, 1:].int()
+    index = (mask * batch.ids[:, 1:]).unsqueeze(2)
+    per_token = torch.gather(logits[:, :-1, :].log_softmax(-1), dim=2, index=index).squeeze(2)
+    means = (per_token * mask.to(torch.bfloat16)).sum(dim=1).to(torch.float64) / mask.sum(dim=1).to(torch.float64)
+    nll = shifted_nll(upcast(logits[: batch.pairs]), batch.labels[: batch.pairs])
+    return Result(nll + odds_ratio(means, batch.pairs), {"means": means, "nll": nll})
+
+
+@chain("xfactlab/orpo", logprobs=True)
+def orpo_paper_custom_loss(logits: Tensor, batch: Batch) -> Result:
+    shift = logits.contiguous()[..., :-1, :].contiguous()
+    losses = F.cross_entropy(shift.transpose(2, 1), batch.labels[..., 1:], reduction="none", ignore_index=IGNORE)
+    return Result(losses.mean(dim=-1).mean(), {"losses": losses})
+
 
 # ---- LLaMA-Factory
 

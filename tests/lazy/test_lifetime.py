@@ -43,7 +43,6 @@ def test_looked_at() -> None:
         "layout",
         "is_cuda",
         "itemsize",
-        "grad",
     ):
         assert getattr(logits, name) == getattr(expected, name), name
     for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "get_device"):
