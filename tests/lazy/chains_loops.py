@@ -193,7 +193,7 @@ def loop_item(logits: Tensor, batch: Batch) -> Result:
     return Result(loss, {"number": torch.tensor(loss.item(), dtype=torch.float64)})
 
 
-@chain("loop: Categorical", lazy=False)
+@chain("loop: Categorical")
 def loop_categorical(logits: Tensor, batch: Batch) -> Result:
     policy = torch.distributions.Categorical(logits=logits)
     logps, entropy = policy.log_prob(batch.ids), policy.entropy()
