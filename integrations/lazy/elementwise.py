@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, fresh, handles, in_place, is_vocab, made, sharing
+from orpo_kernels.integrations.lazy.registry import (
+    HANDLERS,
+    copied,
+    follow,
+    fresh,
+    handles,
+    in_place,
+    is_vocab,
+    made,
+    sharing,
+)
 from orpo_kernels.integrations.lazy.stand_in import Edit, LazyLogits, View
 
 
@@ -95,7 +106,7 @@ def _scale_in_place(x: Any, factor: Any) -> Any:
     each = factor.squeeze(-1).expand(rows.shape) if isinstance(factor, Tensor) and factor.numel() > 1 else float(factor)
     edit = Edit(rows, each, view.mapping.vocab, view.graph if x.requires_grad else None)
     for other in sharing(x):
-        other.edits.append(edit)
+        follow(other, edit)
     return in_place(x, view)
 
 
@@ -136,9 +147,11 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     """Logits less their own log-sum-exp are log-probabilities."""
     if not isinstance(a, LazyLogits) or isinstance(b, LazyLogits) or not isinstance(b, Tensor) or alpha != 1:
         return NotImplemented
-    of, version = getattr(b, "_orpo_lse_of", (None, 0))
+    root, rows, mapping, version = getattr(b, "_orpo_lse_of", (lambda: None, None, None, 0))
     view = a.view_of
-    if of is None or b._version != version or view.kind != "logits" or b.dim() != a.dim() or not view.same_rows(of):
+    if root() is not view.root or b._version != version or view.kind != "logits" or b.dim() != a.dim():
+        return NotImplemented
+    if not view.same_rows(replace(view, rows=rows, mapping=mapping)):
         return NotImplemented
     if (torch.is_grad_enabled() and a.requires_grad != b.requires_grad) or a.dtype != b.dtype:
         return NotImplemented

@@ -5,14 +5,16 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place, sharing
-from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, copy_of, keep
+from orpo_kernels.integrations.lazy.registry import HANDLERS, follows_past, handles, of_rows, sharing
+from orpo_kernels.integrations.lazy.stand_in import ChangedNode, DenseNode, LazyLogits, copy_of, keep
 
 # Operations that only look at a tensor's metadata or its place on the graph.
 METADATA = frozenset(
@@ -35,11 +37,9 @@ RESHAPES = frozenset(
     squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ resize_ resize_as_ set_
     """.split()  # noqa: SIM905 - as above
 )
-# What autocast computes in float32, of what has a handler.
-WIDENED = frozenset(("cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"))
-WIDENED_ON_GPU = WIDENED | {"log_softmax", "softmax", "logsumexp", "sum", "exp", "log"}
 
 
+@torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives."""
     name = getattr(func, "__name__", str(func))
@@ -55,11 +55,10 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*like[0], **like[1])
     lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     for x in lazies:
-        _settle(x)
+        with _outside_inference():
+            _settle(x)
         if x.lost is not None:
             raise RuntimeError(x.lost)
-    if lazies and torch.is_autocast_enabled(lazies[0].device.type):
-        args, kwargs = _autocast(name, args, kwargs)
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     out = kwargs.pop("out", None)
@@ -67,14 +66,44 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _change(torch.Tensor.copy_, "out=", (out, call(func, args, kwargs)), {})
     if out is not None:
         kwargs = {**kwargs, "out": out}
+    if name in raised_by_autocast(lazies):
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, _in_float32, (args, kwargs))
     if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
-        result = HANDLERS[name](*args, **kwargs)
+        with _outside_inference():
+            result = HANDLERS[name](*args, **kwargs)
         if result is not NotImplemented:
             return result
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
-        return _change(func, name, args, kwargs)
-    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
+        with _outside_inference():
+            return _change(func, name, args, kwargs)
+    with _outside_inference():
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     return func(*args, **kwargs)
+
+
+# Operations that autocast computes in float32. The lists are torch's own for each device type.
+RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "logsumexp", "sum", "exp", "log"}
+
+
+def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
+    """Operations that autocast computes in float32 where it is on."""
+    device = lazies[0].device.type if lazies else "cpu"
+    return RAISED.get(device, frozenset()) if torch.is_autocast_enabled(device) else frozenset()
+
+
+def _in_float32(x: LazyLogits) -> Any:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
+    """What a stand-in keeps may be asked for again with gradient, where tensors of inference mode are useless."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def values(x: LazyLogits, operation: str) -> Tensor:
@@ -82,23 +111,16 @@ def values(x: LazyLogits, operation: str) -> Tensor:
 
     Without gradient, logits of one position a sequence are what generation reads: no word about them.
     """
-    if x.own is None or (not x.changed and x.requires_grad and torch.is_grad_enabled() and not x.own.requires_grad):
+    leaf = x.is_leaf and x.requires_grad
+    follows = x.requires_grad and torch.is_grad_enabled() and not leaf and not x.changed
+    if x.own is None or (follows and not x.own.requires_grad):
         view = x.view_of
         if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
             view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
-        keep(x, DenseNode.apply(x))
+        # A leaf's graph has the leaf in it: with a graph of their own its values would keep it alive for ever.
+        keep(x, x.view_of.dense() if leaf else DenseNode.apply(x))
     assert x.own is not None
-    return x.own
-
-
-def _autocast(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments as autocast would give them to an operation."""
-
-    def wide(x: LazyLogits) -> Any:
-        listed = name in (WIDENED if x.device.type == "cpu" else WIDENED_ON_GPU)
-        return HANDLERS["float"](x) if listed and x.dtype in (torch.bfloat16, torch.float16) else x
-
-    return torch.utils._pytree.tree_map_only(LazyLogits, wide, (args, kwargs))
+    return DenseNode.apply(x, x.own) if leaf and torch.is_grad_enabled() else x.own
 
 
 def _changes_first(func: Any, name: str) -> bool:
@@ -126,8 +148,18 @@ def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         LazyLogits, lambda y: own if y is x else values(y, name), (args[1:], kwargs)
     )
     func(own, *rest[0], **rest[1])
+    _take(x, own)
     _took_over(x, name)
     return None if name == "__setitem__" else x
+
+
+def _take(x: LazyLogits, own: Tensor) -> None:
+    """Values that were changed are what x stands for, and where autograd followed the change its gradient is theirs."""
+    x.changed = True
+    if not x.is_leaf or not x.requires_grad:
+        x.own, x.own_version = own, own._version
+        if x.requires_grad and own.requires_grad and torch.is_grad_enabled():
+            ChangedNode.apply(x, own)
 
 
 def _took_over(x: LazyLogits, name: str) -> None:
@@ -153,41 +185,18 @@ def _settle(x: LazyLogits) -> None:
             "orpo_kernels: single logits of a token, taken as logits[..., token], were changed in place, which lazy "
             "logits cannot follow: write logits[..., token] = value, or unfuse(model)"
         )
-    edits, x.edits = x.edits, []
-    for edit in edits:
+    for edit in x.edits:
         view = x.view_of
-        inside = torch.isin(view.rows.contiguous(), edit.rows.contiguous())
-        if not inside.any():
-            continue
-        # Autograd takes no note of a change that was made past it, so that gradients do not see the factor.
-        past = x.requires_grad and edit.graph is not view.graph
-        whole = inside.all() and not isinstance(edit.factor, Tensor)
-        every = torch.ones(root.rows.shape, dtype=root.acc, device=edit.rows.device)
-        each = edit.factor.reshape(-1) if isinstance(edit.factor, Tensor) else torch.full_like(every[:1], edit.factor)
-        every[edit.rows.reshape(-1)] = each.to(root.acc)
-        after = None
-        if not past and edit.vocab >= view.mapping.vocab:
-            if view.kind != "logits":
-                after = view.after("scale", factor=view.factor * edit.factor) if whole else None
-            else:
-                mapping = view.mapping.times(edit.factor) if whole else view.mapping.times_rows(every)
-                after = None if mapping is None else view.after("scale", mapping=mapping)
-        if after is not None:
-            in_place(x, after)
-            continue
-        scale = every[view.rows].unsqueeze(-1).expand(*view.rows.shape, view.mapping.vocab)
+        past, scale = follows_past(x, edit), of_rows(view, edit)
+        scale = scale.unsqueeze(-1).expand(*view.rows.shape, view.mapping.vocab)
         scale = scale.where(torch.arange(view.mapping.vocab, device=scale.device) < edit.vocab, 1)
         scale = (scale if view.vocab_dim == -1 else scale.movedim(-1, view.vocab_dim)).to(x.dtype)
         with torch.set_grad_enabled(x.requires_grad):
             own = values(x, "scale in place")
-        if past:
-            with torch.no_grad():
+            with torch.set_grad_enabled(x.requires_grad and not past):
                 own.mul_(scale)
-        else:
-            with torch.set_grad_enabled(x.requires_grad):
-                own = own * scale
-        keep(x, own)
-        x.changed = True
+            _take(x, own)
+    x.edits = []
 
 
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
