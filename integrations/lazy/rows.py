@@ -101,11 +101,7 @@ class Root:
         Raises:
             RuntimeError: backward has freed them, or hidden was changed in place.
         """
-        inputs, node = self._inputs(), None if self.node is None else self.node()
-        if inputs is None and node is not None:
-            # Kept for the node's backward: what checkpoint saves may be unpacked once.
-            inputs = node.unpacked = Inputs(*node.saved_tensors)
-            self._inputs = weakref.ref(inputs)
+        inputs = self.held()
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
         if _version(inputs.hidden) != inputs.versions[0]:
@@ -113,6 +109,15 @@ class Root:
                 "orpo_kernels: these logits were not computed yet, and the hidden states they are made of were changed "
                 "in place since: compute what is needed of them before, or unfuse(model)"
             )
+        return inputs
+
+    def held(self) -> Inputs | None:
+        """The tensors of the call, where a stand-in or the head's node still has them."""
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
         return inputs
 
     @property

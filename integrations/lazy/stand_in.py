@@ -206,14 +206,14 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
-    inputs: Inputs  # of the root, which live as long as this does
+    inputs: Inputs | None  # of the root, which live as long as this does; a checkpoint's are gone before its backward
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
-        self.view_of, self.terms, self.inputs = view, terms, view.root.inputs()
+        self.view_of, self.terms, self.inputs = view, terms, view.root.held()
         return self
 
     def __init__(self, view: View, terms: Terms) -> None:
