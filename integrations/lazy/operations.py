@@ -25,6 +25,18 @@ METADATA = frozenset(
     detach_ grad __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
+# Operations that take a tensor's shape, dtype and device for a new one.
+LIKE = frozenset(
+    """
+    new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
+    """.split()  # noqa: SIM905 - as above
+)
+# Operations that would leave the stand-in with another shape, which a tensor without memory cannot take.
+RESHAPES = frozenset(
+    """
+    squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ resize_ resize_as_ set_
+    """.split()  # noqa: SIM905 - as above
+)
 
 
 @torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
@@ -36,6 +48,11 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if name in LIKE:
+        like = torch.utils._pytree.tree_map_only(
+            LazyLogits, lambda x: torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape), (args, kwargs)
+        )
+        return func(*like[0], **like[1])
     lazies = _lazies((*args, *kwargs.values()))
     for x in lazies:
         with _outside_inference():
@@ -79,7 +96,7 @@ def _lazies(values: Iterable[Any]) -> list[LazyLogits]:
 
 # Operations that autocast computes in float32. The lists are torch's own for each device type.
 RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
-RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "sum", "exp", "log"}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "logsumexp", "sum", "exp", "log"}
 
 
 def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
@@ -120,7 +137,7 @@ def values(x: LazyLogits, operation: str) -> Tensor:
 
 
 def _changes_first(func: Any, name: str) -> bool:
-    if name in ("__setitem__", "set_", "resize_", "resize_as_"):
+    if name == "__setitem__":
         return True
     in_place = (
         name.startswith("__i")
@@ -133,6 +150,11 @@ def _changes_first(func: Any, name: str) -> bool:
 def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation in place that is no scale: on the values, which stand for this tensor from now on."""
     x: LazyLogits = args[0]
+    if name in RESHAPES:
+        raise RuntimeError(
+            f"orpo_kernels: {name} would give lazy logits another shape in place, which they cannot take: use "
+            f"{name.removesuffix('_')}, which returns a tensor, or unfuse(model)"
+        )
     with torch.set_grad_enabled(x.requires_grad or torch.is_grad_enabled()):
         own = values(x, name)  # on the graph also where the change is made past it
     rest = torch.utils._pytree.tree_map_only(
@@ -148,14 +170,15 @@ def _take(x: LazyLogits, own: Tensor) -> None:
     """Values that were changed are what x stands for, and where autograd followed the change its gradient is theirs."""
     x.changed = True
     if not x.is_leaf or not x.requires_grad:
-        x.own = own
+        x.own, x.own_version = own, own._version
         if x.requires_grad and own.requires_grad and torch.is_grad_enabled():
             ChangedNode.apply(x, own)
 
 
 def _took_over(x: LazyLogits, name: str) -> None:
     """From now on the values that x has are what it stands for."""
-    x.changed = True
+    assert x.own is not None
+    x.changed, x.own_version = True, x.own._version
     for other in sharing(x):
         other.lost = (
             f"orpo_kernels: {name} changed lazy logits in place, and this view of them, which was taken before, would "
@@ -168,7 +191,7 @@ def _settle(x: LazyLogits) -> None:
     root = x.view_of.root
     if root.in_memory:
         for y in (x, *sharing(x)):
-            if y.own is not None and not y.changed and y.own._version != y.own_version:
+            if y.own is not None and y.own._version != y.own_version:
                 _took_over(y, "an operation on a view of them")
     if any(column._version != version for column, version in root.columns):
         raise RuntimeError(
@@ -212,6 +235,13 @@ def _shown(x: LazyLogits, *_: Any, **__: Any) -> str:
 
 HANDLERS["__repr__"] = HANDLERS["__str__"] = _shown
 HANDLERS["__format__"] = lambda x, spec="": _shown(x)
+
+
+@handles("share_memory_")
+def _shared(x: LazyLogits) -> LazyLogits:
+    """No value changes: what shares memory with this tensor stays what it is."""
+    values(x, "share_memory_").share_memory_()
+    return x
 
 
 @handles("__reduce_ex__", "__deepcopy__")

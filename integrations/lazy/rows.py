@@ -120,6 +120,15 @@ class Root:
             )
         return inputs
 
+    def held(self) -> Inputs | None:
+        """The tensors of the call, where a stand-in or the head's node still has them."""
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
+        return inputs
+
     @property
     def hidden(self) -> Tensor:
         return self.inputs().hidden
@@ -228,6 +237,7 @@ class Root:
 
         weights = inputs.weight, inputs.bias
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)

@@ -217,7 +217,7 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
-    inputs: Inputs | None  # of the root, which live as long as this does
+    inputs: Inputs | None  # of the root, which live as long as this does; a checkpoint's are gone before its backward
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:

@@ -272,7 +272,7 @@ def _getitem(x: Any, index: Any) -> Any:
     if last.numel() > WIDEST_GATHER:
         return NotImplemented
     whole = (*rows.shape, *ids.shape)
-    out = taken(x, "getitem", rows.view(*rows.shape, *[1] * ids.dim()).expand(whole), ids.expand(whole))
+    out = taken(x, "getitem", rows.view((*rows.shape, *[1] * ids.dim())).expand(whole), ids.expand(whole))
     if isinstance(items[-1], int) and not advanced:  # eager torch gives a view here
         view.root.columns.append((out.detach(), out._version))
     return out
