@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place, sharing
-from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, copy_of
+from orpo_kernels.integrations.lazy.memory import change, give_out_views, settle, values
+from orpo_kernels.integrations.lazy.registry import HANDLERS, handles
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
 
 # Operations that only look at a tensor's metadata or its place on the graph.
 METADATA = frozenset(
@@ -35,9 +35,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     for x in lazies:
-        if x.lost is not None:
-            raise RuntimeError(x.lost)
-        _settle(x)
+        settle(x)
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
@@ -45,23 +43,13 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not NotImplemented:
             return result
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
-        return _change(func, name, args, kwargs)
+        return change(func, name, args[0], args[1:], kwargs)
     args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
-    return func(*args, **kwargs)
-
-
-def values(x: LazyLogits, operation: str) -> Tensor:
-    """The full logits, on the graph; kept while the stand-in lives, so that they are computed once.
-
-    Without gradient, logits of one position a sequence are what generation reads: no word about them.
-    """
-    if x.own is None or (not x.changed and x.requires_grad and torch.is_grad_enabled() and not x.own.requires_grad):
-        view = x.view_of
-        if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
-            view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
-        x.own = DenseNode.apply(x)
-    own: Tensor = x.own
-    return own
+    result = func(*args, **kwargs)
+    for x in lazies:
+        if not x.changed:
+            give_out_views(x, result)
+    return result
 
 
 def _changes_first(func: Any, name: str) -> bool:
@@ -75,52 +63,13 @@ def _changes_first(func: Any, name: str) -> bool:
     return in_place or (name.endswith("_") and not name.endswith("__"))
 
 
-def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation in place that is no scale: on the values, which stand for this tensor from now on."""
-    x: LazyLogits = args[0]
-    own = values(x, name)
-    if not x.changed and not (own.requires_grad and torch.is_grad_enabled()):
-        own = own.clone()
-    rest = torch.utils._pytree.tree_map_only(
-        LazyLogits, lambda y: own if y is x else values(y, name), (args[1:], kwargs)
-    )
-    func(own, *rest[0], **rest[1])
-    x.own, x.changed = own, True
-    for other in sharing(x):
-        other.lost = (
-            f"orpo_kernels: {name} changed lazy logits in place, and this view of them, which was taken before, would "
-            "have to follow: take the view after the change, or unfuse(model)"
-        )
-    return None if name == "__setitem__" else x
-
-
-def _settle(x: LazyLogits) -> None:
-    """Take over what was done in place through other views."""
-    edits, x.edits = x.edits, []
-    for rows, factor in edits:
-        view = x.view_of
-        inside = torch.isin(view.rows, rows)
-        if not inside.any():
-            continue
-        if inside.all():
-            mapping = view.mapping.times(factor)
-        else:
-            every = torch.ones(view.root.rows.shape, dtype=view.root.acc, device=rows.device)
-            every[rows.reshape(-1)] = factor
-            mapping = view.mapping.times_rows(every)
-        if mapping is None:
-            raise RuntimeError(
-                "orpo_kernels: a part of these lazy logits was scaled in place through another view, which cannot be "
-                "followed here: use that view, or unfuse(model)"
-            )
-        in_place(x, view.after("scale", mapping=mapping))
-
-
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     of = getattr(getattr(func, "__self__", None), "__name__", "")
     x = args[0]
-    if name == "__get__" and of in ("T", "mT", "H", "mH"):
-        return call(torch.Tensor.transpose, (x, -2, -1), {}) if x.dim() > 1 else x
+    if name == "__get__" and (of in ("mT", "mH") or (of in ("T", "H") and x.dim() == 2)):
+        return call(torch.Tensor.transpose, (x, -2, -1), {})
+    if name == "__get__" and of == "T":
+        return call(torch.Tensor.permute, (x, *range(x.dim() - 1, -1, -1)), {})
     if name == "__get__" and of == "data":
         return copy_of(x)
     if name == "__set__" and of == "data":

@@ -353,4 +353,4 @@ def _kl_div(
 
     total = _number(x, "kl_div", losses, terms).sum()
     by = {"sum": 1, "batchmean": x.shape[0], "mean": x.numel()}[reduction]
-    return (total / by).to(x.dtype)
+    return (total / by).to(torch.promote_types(x.dtype, target.dtype))

@@ -46,13 +46,6 @@ def fresh(view: View) -> View:
     return replace(view, rows=view.rows.clone())
 
 
-def sharing(x: LazyLogits) -> list[LazyLogits]:
-    """The other live stand-ins that would share memory with this one."""
-    memory = x.view_of.rows.untyped_storage().data_ptr()
-    found = [each() for each in x.view_of.root.views]
-    return [y for y in found if y is not None and y is not x and y.view_of.rows.untyped_storage().data_ptr() == memory]  # type: ignore[misc,attr-defined]
-
-
 def position(dim: int, dims: int) -> int:
     return dim + dims if dim < 0 else dim
 

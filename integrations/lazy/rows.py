@@ -52,6 +52,18 @@ class Site:
         self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
 
 
+class Watched(NamedTuple):
+    """A plain tensor that in eager torch would share memory with lazy logits: a change of one is a change of both."""
+
+    tensor: weakref.ref[Tensor]  # one column, of the shape of ``slots``, or all values
+    version: int  # of the tensor when it was given out
+    memory: int  # that would be shared, an address
+    slots: Tensor  # of it
+    column: int | None  # of the vocabulary, where it is one
+    vocab_dim: int  # where the vocabulary stands, where it is all
+    owner: weakref.ref[Tensor] | None  # the stand-in whose values the tensor is
+
+
 _roots: weakref.WeakSet[Root] = weakref.WeakSet()
 
 
@@ -69,6 +81,7 @@ class Root:
         self.hints: Tensor | None = None  # [rows], a label that was asked for: the best shift of its row
         self.tables: dict[Any, Table] = {}
         self.views: list[weakref.ref[Tensor]] = []
+        self.watched: list[Watched] = []
         self.expired = False
         self.stored = 0  # bytes of E that wait for backward
         self._mean_weight: Tensor | None = None

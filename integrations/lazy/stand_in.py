@@ -63,13 +63,22 @@ class View:
     def dense(self) -> Tensor:
         """What this stands for, computed."""
         root, rows = self.root, self.rows.reshape(-1)
-        out = torch.empty((rows.numel(), self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        # Not a view of another tensor, which autograd would not let be changed in place.
+        out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        flat = out.view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
-                out[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
+                flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        out = out.view(*self.rows.shape, self.mapping.vocab)
-        return out if self.vocab_dim == -1 else out.movedim(-1, self.vocab_dim).contiguous()
+        if self.vocab_dim == -1:
+            return out
+        return out.movedim(-1, self.vocab_dim).clone(memory_format=torch.contiguous_format)
+
+    def slots(self) -> Tensor:
+        """Where in memory each row would stand, as ``rows``: to compare with views that share it."""
+        rows = self.rows
+        places = torch.arange(rows.untyped_storage().nbytes() // rows.itemsize, device=rows.device)
+        return places.as_strided(rows.shape, rows.stride(), rows.storage_offset()).contiguous()
 
     def terms_of_dense(self, grad: Tensor) -> Terms:
         """A dense gradient of the stand-in's shape."""
@@ -110,9 +119,9 @@ class LazyLogits(torch.Tensor):
 
     view_of: View
     own: Tensor | None  # the values, once something changed them in place or needed all of them
-    changed: bool  # whether ``own`` is no longer what the view says
+    changed: bool  # whether ``own`` is what counts, whatever the view says: it was changed, or others look at it
     lost: str | None  # why it cannot be used any more
-    edits: list[tuple[Tensor, float | Tensor]]  # scales in place, of views that share memory
+    edits: list[tuple[Tensor, float]]  # slots that were scaled in place through other views, and by what
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
@@ -349,7 +358,7 @@ class ReduceNode(torch.autograd.Function):
     def forward(ctx: Any, x: LazyLogits, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view, ctx.terms = x.view_of, terms
-        return value
+        return value.clone()  # an input as it is would be a view, which autograd would not let be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:

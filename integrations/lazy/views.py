@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orpo_kernels.integrations.lazy.memory import give_out
 from orpo_kernels.integrations.lazy.reductions import WIDEST_GATHER, taken
 from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, handles, is_vocab, made, position
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
@@ -82,9 +84,14 @@ def _move(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     return x if x.device.type == "cpu" and not args else NotImplemented
 
 
-@handles("nan_to_num", "nan_to_num_")
+@handles("nan_to_num")
 def _finite(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """Logits of finite hidden states are finite; those that are not stay what they are and show in the loss."""
+    return copied(x, "nan_to_num") if x.view_of.mapping.bias is None else NotImplemented
+
+
+@handles("nan_to_num_")
+def _finite_(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     return x if x.view_of.mapping.bias is None else NotImplemented
 
 
@@ -92,33 +99,42 @@ def _reshaped(x: LazyLogits, operation: str, rows: Tensor) -> LazyLogits:
     return made(x, x.view_of.after(operation, rows=rows))
 
 
-@handles("view", "reshape")
-def _view(x: LazyLogits, *shape: Any) -> Any:
+def _shaped(x: LazyLogits, name: str, shape: tuple[Any, ...]) -> Any:
     view = x.view_of
     if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size):
         shape = tuple(shape[0])
     if view.vocab_dim != -1 or not shape or not all(isinstance(size, int) for size in shape):
+        return NotImplemented
+    if -1 in shape and view.rows.numel() == 0:
         return NotImplemented
     lead, vocab = list(shape[:-1]), shape[-1]
     if vocab == -1 and -1 not in lead:
         vocab = view.mapping.vocab if math.prod(lead) == view.rows.numel() else None
     if vocab != view.mapping.vocab:
         return NotImplemented
-    if -1 in lead and view.rows.numel() == 0:
-        return NotImplemented
-    return _reshaped(x, "view", view.rows.reshape(lead))
+    return _reshaped(x, name, getattr(view.rows, name)(lead))
 
 
-@handles("view_as", "reshape_as")
-def _view_as(x: Any, other: Any) -> Any:
-    return _view(x, *other.shape) if isinstance(x, LazyLogits) else x.reshape(other.shape)
+@handles("view")
+def _view(x: LazyLogits, *shape: Any) -> Any:
+    return _shaped(x, "view", shape)
+
+
+@handles("reshape")
+def _reshape(x: LazyLogits, *shape: Any) -> Any:
+    return _shaped(x, "reshape", shape)
+
+
+HANDLERS["view_as"] = lambda x, other: x.view(other.shape)
+HANDLERS["reshape_as"] = lambda x, other: x.reshape(other.shape)
 
 
 @handles("flatten")
 def _flatten(x: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if x.view_of.vocab_dim != -1 or position(end_dim, x.dim()) >= x.dim() - 1:
+    start, end = position(start_dim, x.dim()), position(end_dim, x.dim())
+    if x.view_of.vocab_dim != -1 or not 0 <= start <= end < x.dim() - 1:
         return NotImplemented
-    return _reshaped(x, "flatten", x.view_of.rows.flatten(start_dim, position(end_dim, x.dim())))
+    return _reshaped(x, "flatten", x.view_of.rows.flatten(start, end))
 
 
 @handles("squeeze")
@@ -272,4 +288,7 @@ def _getitem(x: Any, index: Any) -> Any:
     if last.numel() > WIDEST_GATHER:
         return NotImplemented
     whole = (*rows.shape, *ids.shape)
-    return taken(x, "getitem", rows.view(*rows.shape, *[1] * ids.dim()).expand(whole), ids.expand(whole))
+    out = taken(x, "getitem", rows[(..., *[None] * ids.dim())].expand(whole), ids.expand(whole))
+    if last.dim() == 0 and not advanced and out is not NotImplemented:
+        give_out(replace(view, rows=rows), out, int(ids))
+    return out
