@@ -136,9 +136,9 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     """Logits less their own log-sum-exp are log-probabilities."""
     if not isinstance(a, LazyLogits) or isinstance(b, LazyLogits) or not isinstance(b, Tensor) or alpha != 1:
         return NotImplemented
-    of = getattr(b, "_orpo_lse_of", None)
+    of, version = getattr(b, "_orpo_lse_of", (None, 0))
     view = a.view_of
-    if of is None or view.kind != "logits" or b.dim() != a.dim() or not view.same_rows(of):
+    if of is None or b._version != version or view.kind != "logits" or b.dim() != a.dim() or not view.same_rows(of):
         return NotImplemented
     if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
         return NotImplemented

@@ -176,7 +176,7 @@ def scale(x: LazyLogits, view: View, factor: float | None) -> LazyLogits:
         by, columns = _factors(inside, factor, tensor), tensor
         if each.column is None:
             by, columns = by.unsqueeze(-1), tensor.movedim(each.vocab_dim, -1)[..., : view.mapping.vocab]
-        with torch.enable_grad():
+        with torch.set_grad_enabled(x.requires_grad):
             columns.mul_(by)
         _renew(x.view_of, each, tensor)
     return in_place(x, view)

@@ -105,7 +105,7 @@ def _expected(x: LazyLogits, operation: str) -> Tensor:
 
 def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
     """What a stand-in has at ``rows``, ``ids`` of one shape, in its dtype."""
-    view = x.view_of
+    view, ids = x.view_of, ids.long()
     if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < view.mapping.vocab:
         raise IndexError(f"index out of range: {operation} on {view.mapping.vocab} tokens of lazy logits")
     if view.kind == "logits":
@@ -122,6 +122,8 @@ def _gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
     if not isinstance(x, LazyLogits) or isinstance(index, LazyLogits) or x.view_of.vocab_dim != -1:
         return NotImplemented
     if not is_vocab(x, dim) or index.shape[-1] > WIDEST_GATHER or index.dim() != x.dim():
+        return NotImplemented
+    if any(size > own for size, own in zip(index.shape[:-1], x.shape[:-1], strict=True)):
         return NotImplemented
     rows = x.view_of.rows[tuple(slice(0, size) for size in index.shape[:-1])]
     return taken(x, "gather", rows.unsqueeze(-1).expand(index.shape), index)
@@ -149,7 +151,7 @@ def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
         lse = _lse(x, "logsumexp", mapping) - view.factor * _lse(x, "logsumexp")
     out = (lse.unsqueeze(-1) if keepdim else lse).to(x.dtype)
     if keepdim and view.kind == "logits":
-        out._orpo_lse_of = view  # type: ignore[attr-defined]
+        out._orpo_lse_of = view, out._version  # type: ignore[attr-defined]
     return out
 
 
@@ -180,6 +182,7 @@ def _summed(x: Any, operation: str, dim: Any, keepdim: bool, dtype: torch.dtype 
         return NotImplemented
     if everything:
         out = means.mean() if average else means.sum() * x.view_of.mapping.vocab
+        out = out.reshape([1] * x.dim()) if keepdim else out
     else:
         out = means if average else means * x.view_of.mapping.vocab
         out = out.unsqueeze(-1) if keepdim else out
@@ -338,7 +341,7 @@ def _kl_div(
     if view.vocab_dim != -1 or size_average is not None or reduce is not None:
         return NotImplemented
     rows = view.rows.reshape(-1)
-    flat = target.reshape(rows.numel(), -1)
+    flat = target.reshape(rows.numel(), view.mapping.vocab)
     losses = torch.zeros(rows.numel(), dtype=view.root.acc, device=rows.device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for of, logits in view.root.logits(view.mapping, rows):

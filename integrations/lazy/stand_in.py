@@ -63,16 +63,17 @@ class View:
     def dense(self) -> Tensor:
         """What this stands for, computed."""
         root, rows = self.root, self.rows.reshape(-1)
-        # Not a view of another tensor, which autograd would not let be changed in place.
-        out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
-        flat = out.view(rows.numel(), self.mapping.vocab)
+        # Laid out like a view, but not one, as autograd would not let that be changed in place.
+        like = torch.empty((*self.rows.shape, self.mapping.vocab), device="meta")
+        like = like if self.vocab_dim == -1 else like.movedim(-1, self.vocab_dim)
+        out = torch.empty_strided(like.shape, like.stride(), dtype=self.dtype, device=rows.device)
+        flat = out if self.vocab_dim == -1 else out.movedim(self.vocab_dim, -1)
+        flat = flat.view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
                 flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        if self.vocab_dim == -1:
-            return out
-        return out.movedim(-1, self.vocab_dim).clone(memory_format=torch.contiguous_format)
+        return out
 
     def slots(self) -> Tensor:
         """Where in memory each row would stand, as ``rows``: to compare with views that share it."""

@@ -275,6 +275,8 @@ def _getitem(x: Any, index: Any) -> Any:
         return made(x, view.after("getitem", rows=view.rows[lead], mapping=view.mapping.narrowed(stop)))
     rows = view.rows[lead] if lead else view.rows
     if isinstance(last, int) and not isinstance(last, bool):
+        if not -view.mapping.vocab <= last < view.mapping.vocab:
+            return NotImplemented
         last = torch.tensor(last, device=x.device)
     if not isinstance(last, Tensor) or last.dtype not in (torch.int64, torch.int32):
         return NotImplemented

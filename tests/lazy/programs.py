@@ -26,8 +26,8 @@ REFUSALS = (
     "a part of these lazy logits was scaled in place through another view",
     "a view in full of them",
 )
-# What stock autograd forbids although the values are clear; lazy logits may go on.
-FORBIDDEN = ("inplace", "in-place", "in place", "backward through the graph")
+# What stock torch forbids although the values are clear; lazy logits may go on.
+FORBIDDEN = ("inplace", "in-place", "in place", "view size is not compatible")
 
 LARGEST = 1e4  # values beyond it are left out: what a tolerance is relative to stays near the results
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.2}  # times the largest value of a program
@@ -184,6 +184,7 @@ class Both:
         losses = [torch.zeros((), dtype=torch.float64)] * parts, [torch.zeros((), dtype=torch.float64)] * parts
         if self.over:
             return
+        leaves: list[str] = []
         names = [name for name, x in self.of_stock.items() if isinstance(x, Tensor) and name in self.of_lazy]
         for at, name in enumerate(names):
             a, b = self.of_stock[name], self.of_lazy[name]
@@ -202,6 +203,8 @@ class Both:
                     break
             else:
                 self._close(name, parts_of[0][0], parts_of[1][0])
+                if used and a.is_leaf:
+                    leaves.append(name)
                 for loss, (_, part) in zip(losses, parts_of, strict=True):
                     if part is not None:
                         loss[at % parts] = loss[at % parts] + part
@@ -216,6 +219,9 @@ class Both:
                     return
                 raise
             other.backward(retain_graph=True)
+        for name in leaves:
+            a, b = (variables[name].grad for variables in (self.of_stock, self.of_lazy))
+            self._close(f"gradient of {name}", a, b.reshape(a.shape), max(1.0, a.abs().max().item()))
         for of, a, b in zip(("first", "second", "third"), self.stock_tracked, self.lazy_tracked, strict=False):
             if a.grad is None or b.grad is None:
                 assert a.grad is None or not a.grad.any(), f"{self}\nno gradient of the {of} tensor"
