@@ -61,7 +61,9 @@ def give_out(view: View, tensor: Tensor, column: int | None, owner: LazyLogits |
     if not tensor.is_inference():
         root, by = view.root, None if owner is None else weakref.ref(owner)
         one = Watched(weakref.ref(tensor), tensor._version, memory_of(view), view.slots(), column, view.vocab_dim, by)
-        root.watched = [*(each for each in root.watched if each.tensor() is not None), one]
+        root.watched.append(one)
+        if len(root.watched) % 64 == 0:
+            root.watched[:] = [each for each in root.watched if each.tensor() is not None]
 
 
 def give_out_views(x: LazyLogits, result: Any) -> None:
@@ -95,8 +97,12 @@ def settle(x: LazyLogits) -> None:
         RuntimeError: it cannot be followed.
     """
     for each, tensor in _watched(x.view_of) if x.view_of.root.watched else ():
+        known = x.taken_over.get(id(tensor), each.version)
+        if tensor._version == known or (each.owner is not None and each.owner() is x):
+            continue
+        x.taken_over[id(tensor)] = tensor._version
         inside, at = _places(x.view_of.slots(), each.slots)
-        if tensor._version == each.version or (each.owner is not None and each.owner() is x) or not inside.any():
+        if not inside.any():
             continue
         if each.column is None:
             x.lost = _LOST.format("something")
@@ -108,17 +114,18 @@ def settle(x: LazyLogits) -> None:
     if x.lost is not None:
         raise RuntimeError(x.lost)
     edits, x.edits = x.edits, []
-    for slots, factor in edits:
+    for slots, vocab, factor in edits:
         inside = torch.isin(x.view_of.slots(), slots)
         if not inside.any():
             continue
-        view = None if x.changed else _partly_scaled(x.view_of, inside, factor)
+        whole = not x.changed and vocab >= x.view_of.mapping.vocab
+        view = _partly_scaled(x.view_of, inside, factor) if whole else None
         if view is not None:
             in_place(x, view)
             continue
         own = _own_to_change(x, "a scale in place of a part")
         with torch.enable_grad():
-            _vocab_last(x, own).mul_(_factors(inside, factor, own).unsqueeze(-1))
+            _vocab_last(x, own)[..., :vocab].mul_(_factors(inside, factor, own).unsqueeze(-1))
 
 
 def _own_to_change(x: LazyLogits, operation: str) -> Tensor:
@@ -156,23 +163,20 @@ def _partly_scaled(view: View, inside: Tensor, factor: float) -> View | None:
 def scale(x: LazyLogits, view: View, factor: float | None) -> LazyLogits:
     """Let ``x`` stand for ``view``, which is it times ``factor``, or None for one number a row."""
     slots = x.view_of.slots()
-    given_out = _watched(x.view_of)
+    given_out = [(*one, torch.isin(one[0].slots, slots)) for one in _watched(x.view_of)]
+    given_out = [one for one in given_out if one[2].any() and (one[0].column or 0) < view.mapping.vocab]
+    if factor is None and given_out:
+        raise RuntimeError(_CANNOT_FOLLOW.format("a scale"))
+    owners = [each.owner() for each, *_ in given_out if each.owner is not None]
     for other in sharing(x):
-        of = other.view_of
-        if any(each.owner is not None and each.owner() is other for each, _ in given_out):
+        if any(other is owner for owner in owners):
             continue
-        follows = factor is not None and (x.requires_grad or not other.requires_grad)
-        if follows and of.mapping.vocab <= view.mapping.vocab:
-            assert factor is not None
-            other.edits.append((slots, factor))
-        elif torch.isin(of.slots(), slots).any():
+        if factor is not None and (x.requires_grad or not other.requires_grad):
+            other.edits.append((slots, view.mapping.vocab, factor))
+        elif torch.isin(other.view_of.slots(), slots).any():
             other.lost = _LOST.format("a scale")
-    for each, tensor in given_out:
-        inside = torch.isin(each.slots, slots)
-        if not inside.any() or (each.column is not None and each.column >= view.mapping.vocab):
-            continue
-        if factor is None:
-            raise RuntimeError(_CANNOT_FOLLOW.format("a scale"))
+    for each, tensor, inside in given_out:
+        assert factor is not None
         by, columns = _factors(inside, factor, tensor), tensor
         if each.column is None:
             by, columns = by.unsqueeze(-1), tensor.movedim(each.vocab_dim, -1)[..., : view.mapping.vocab]

@@ -241,9 +241,9 @@ def _amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
 @handles("topk")
 def _topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     view = x.view_of
-    if view.vocab_dim != -1 or not is_vocab(x, dim) or not largest or k > WIDEST_GATHER or view.factor <= 0:
+    if view.vocab_dim != -1 or not is_vocab(x, dim) or not largest or view.factor <= 0:
         return NotImplemented
-    if view.kind not in ("logits", "log_probs", "probs"):
+    if view.kind not in ("logits", "log_probs", "probs") or k > min(WIDEST_GATHER, view.mapping.vocab):
         return NotImplemented
     rows = view.rows.reshape(-1)
     ids = torch.empty((rows.numel(), k), dtype=torch.int64, device=rows.device)

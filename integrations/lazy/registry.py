@@ -32,7 +32,7 @@ def made(x: LazyLogits, view: View) -> LazyLogits:
 
 def copied(x: LazyLogits, operation: str, **changes: Any) -> LazyLogits:
     """A stand-in with memory of its own."""
-    return made(x, x.view_of.after(operation, rows=x.view_of.rows.clone(), **changes))
+    return made(x, fresh(x.view_of.after(operation, **changes)))
 
 
 def in_place(x: LazyLogits, view: View) -> LazyLogits:
@@ -43,7 +43,7 @@ def in_place(x: LazyLogits, view: View) -> LazyLogits:
 
 def fresh(view: View) -> View:
     """With memory of its own."""
-    return replace(view, rows=view.rows.clone())
+    return replace(view, rows=view.rows.clone(), cut=False)
 
 
 def position(dim: int, dims: int) -> int:

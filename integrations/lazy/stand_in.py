@@ -37,6 +37,8 @@ class View:
     kind: str = "logits"  # or log_probs, probs, probs_log_probs (p * log p), probs_logits (p * z)
     factor: float = 1.0  # 1 for logits, whose factor is the map's
     vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
+    cut: bool = False  # whether its memory would hold more tokens of each row
+    packed: bool = False  # whether it would lie in memory in the order of its dimensions, the vocabulary not last
     family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
     chain: tuple[str, ...] = ()  # operations so far, for the report
 
@@ -73,7 +75,7 @@ class View:
             for of, logits in root.logits(self.mapping, rows):
                 flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        return out
+        return torch.empty_like(out, memory_format=torch.contiguous_format).copy_(out) if self.packed else out
 
     def slots(self) -> Tensor:
         """Where in memory each row would stand, as ``rows``: to compare with views that share it."""
@@ -122,7 +124,8 @@ class LazyLogits(torch.Tensor):
     own: Tensor | None  # the values, once something changed them in place or needed all of them
     changed: bool  # whether ``own`` is what counts, whatever the view says: it was changed, or others look at it
     lost: str | None  # why it cannot be used any more
-    edits: list[tuple[Tensor, float]]  # slots that were scaled in place through other views, and by what
+    edits: list[tuple[Tensor, int, float]]  # slots whose first so many tokens were scaled through other views, by what
+    taken_over: dict[int, int]  # the versions of tensors given out (``rows.Watched``), by id, that it knows of
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
@@ -130,6 +133,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
+        self.taken_over = {}
         views = view.root.views
         views.append(weakref.ref(self))
         if len(views) % 64 == 0:
@@ -170,7 +174,7 @@ def copy_of(x: LazyLogits) -> LazyLogits:
     """Another tensor that stands for the same, unknown to autograd."""
     copy = LazyLogits(x.view_of)
     copy.own = None if x.own is None else x.own.detach()
-    copy.changed, copy.lost, copy.edits = x.changed, x.lost, list(x.edits)
+    copy.changed, copy.lost, copy.edits, copy.taken_over = x.changed, x.lost, list(x.edits), dict(x.taken_over)
     return copy
 
 

@@ -31,13 +31,19 @@ def _clone(x: LazyLogits, *, memory_format: Any = None) -> Any:
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
     if memory_format is not torch.contiguous_format:
         return NotImplemented
-    view = x.view_of
-    return x if view.rows.is_contiguous() and view.vocab_dim == -1 else copied(x, "contiguous")
+    if _is_contiguous(x):
+        return x
+    rows = x.view_of.rows.clone(memory_format=torch.contiguous_format)
+    return made(x, x.view_of.after("contiguous", rows=rows, cut=False, packed=x.view_of.vocab_dim != -1))
 
 
 @handles("is_contiguous")
-def _is_contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> bool:
-    return bool(x.view_of.rows.is_contiguous()) and x.view_of.vocab_dim == -1
+def _is_contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
+    if memory_format is not torch.contiguous_format:
+        return False
+    view = x.view_of
+    in_order = view.vocab_dim == -1 or view.packed or max(view.rows.shape[view.vocab_dim :], default=1) == 1
+    return bool(view.rows.is_contiguous()) and in_order and (not view.cut or view.rows.numel() <= 1)
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype, copy: bool = False) -> Any:
@@ -173,7 +179,7 @@ def _permute(x: LazyLogits, *dims: Any) -> Any:
     where = order.index(vocab)
     lead = [dim - (dim > vocab) for dim in order if dim != vocab]
     rows = view.rows.permute(lead)
-    return made(x, view.after("transpose", rows=rows, vocab_dim=-1 if where == x.dim() - 1 else where))
+    return made(x, view.after("transpose", rows=rows, vocab_dim=-1 if where == x.dim() - 1 else where, packed=False))
 
 
 @handles("unbind", "__iter__")
@@ -272,7 +278,7 @@ def _getitem(x: Any, index: Any) -> Any:
             return NotImplemented
         if stop == view.mapping.vocab:
             return _reshaped(x, "getitem", view.rows[lead])
-        return made(x, view.after("getitem", rows=view.rows[lead], mapping=view.mapping.narrowed(stop)))
+        return made(x, view.after("getitem", rows=view.rows[lead], mapping=view.mapping.narrowed(stop), cut=True))
     rows = view.rows[lead] if lead else view.rows
     if isinstance(last, int) and not isinstance(last, bool):
         if not -view.mapping.vocab <= last < view.mapping.vocab:

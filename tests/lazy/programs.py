@@ -21,10 +21,8 @@ Draw = Callable[..., Any]
 
 # What lazy logits may refuse where stock ones do not: each is a change in place that cannot be followed.
 REFUSALS = (
-    "changed lazy logits in place, and this view of them",
-    "another view of these lazy logits was",
-    "a part of these lazy logits was scaled in place through another view",
-    "a view in full of them",
+    "changed lazy logits in place, and this view of them, which was taken before, would have to follow",
+    "would change lazy logits in place, and a view in full of them that was taken before could not follow",
 )
 # What stock torch forbids although the values are clear; lazy logits may go on.
 FORBIDDEN = ("inplace", "in-place", "in place", "view size is not compatible")
@@ -152,6 +150,7 @@ class Both:
         a, b = self.of_stock[name], self.of_lazy[name]
         if not isinstance(a, Tensor):
             assert type(a) is type(b), f"{self}\n{name}: {type(a)} and {type(b)}"
+            assert isinstance(a, float) or not isinstance(a, bool | int | tuple) or a == b, f"{self}\n{name}: {a} and {b}"
             return
         seen = [(tuple(x.shape), x.dtype, x.requires_grad, x.dim(), x.numel()) for x in (a, b)]
         assert seen[0] == seen[1], f"{self}\n{name}: {seen[0]} and {seen[1]}"

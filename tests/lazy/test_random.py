@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits
-from tests.lazy.programs import SETTINGS, Both, Setting, check
+from tests.lazy.programs import REFUSALS, SETTINGS, Both, Setting, check
 
 EXAMPLES = int(os.environ.get("ORPO_KERNELS_RANDOM_EXAMPLES", "200"))
 
@@ -390,10 +390,84 @@ def test_programs_agree() -> None:
     print(counts)
 
 
-EXAMPLES_THAT_FAILED = {
+PLAIN, BIASED, ONE, COLUMN = Setting(), Setting(bias=True), Setting(lead=(1, 4)), Setting(lead=(3, 1))
+FAILED = {
+    "a change in place of what has a gradient": (PLAIN, "z.masked_fill_(flags(6, *z.shape), 0.1)"),
+    "an assignment": (PLAIN, "z[0] = 0.25"),
+    "a part scaled in place": (BIASED, "v1 = z.to(torch.float64)\nv1[0].mul_(0.6)"),
+    "a part of softcapped logits scaled in place": (PLAIN, "v1 = torch.tanh(z)\nv1[0].mul_(0.6)"),
+    "a part scaled by assignment": (PLAIN, "z[-1] *= 0.5\nv1 = z.logsumexp(-1)"),
+    "some tokens scaled in place": (PLAIN, "v1 = z[..., 7:]\nz.mul_(2)\nv2 = z.logsumexp(-1)"),
+    "some tokens scaled in place through a view": (PLAIN, "z[..., 8:].mul_(2)\nv1 = z.mean(-1)"),
+    "the first tokens scaled in place": (PLAIN, "v1 = z[..., :11]\nv1.mul_(2)\nv2 = v1.logsumexp(-1)"),
+    "one token's logits changed in place": (PLAIN, "z[..., 3] -= 5\nv1 = z.logsumexp(-1)"),
+    "one token's logits filled": (PLAIN, "v1 = z[:, -1, 3]\nv1.fill_(-9)\nv2 = z.logsumexp(-1)"),
+    "one token's logits follow": (PLAIN, "v5 = z[..., 7]\nz.neg_()\nv6 = v5 * 2"),
+    "one token's logits follow a scale": (PLAIN, "v5 = z[..., 7]\nz.div_(2)\nv6 = v5 * 2"),
+    "copies of a row are no memory of it": (PLAIN, "v1 = z[[0, 0]]\nv1[0].mul_(0.5)\nv2 = v1.logsumexp(-1)"),
+    "a scale of what has no gradient": (PLAIN, "v2 = z.detach()\nv6 = z.reshape(-1)\nv2 *= 1.3"),
+    "a scale under no_grad": (PLAIN, "torch.no_grad()(lambda: z.mul_(0.4))()\nv1 = z.log_softmax(-1)"),
+    "a finite copy changed in place": (PLAIN, "v2 = z.nan_to_num()\nv2.add_(1)"),
+    "a clamped copy changed in place": (
+        PLAIN,
+        "v1 = z.clamp(min=torch.finfo(z.dtype).min)\nv1.mul_(positive(1, *v1.shape[:-1], 1))",
+    ),
+    "a result changed in place": (PLAIN, "v1 = z.mean(dim=-1)\nv1.div_(1.7)"),
+    "a log-sum-exp changed in place": (
+        PLAIN,
+        "v1 = z.logsumexp(-1, keepdim=True)\nv1.div_(1.7)\nv2 = z - v1\nv3 = v2.logsumexp(-1)",
+    ),
+    "a float32 number divides": (PLAIN, "z /= torch.tensor(0.9)"),
+    "float32 numbers of rows divide": (PLAIN, "v1 = z / positive(1, *z.shape[:-1], 1, dtype=torch.float32)"),
+    "a float32 bias of scaled logits": (PLAIN, "v1 = z * 0.8\nv2 = v1 + numbers(3, 12).float()"),
+    "T reverses": (PLAIN, "v1 = z.T\nv2 = v1.mul_(0.5)"),
+    "a view of what lies elsewhere": (PLAIN, "v1 = z.transpose(0, 1)\nv2 = v1.contiguous().view(-1, 12)"),
+    "contiguous with the vocabulary in the middle": (
+        PLAIN,
+        "v1 = z.transpose(1, 2).contiguous()\nv2 = v1.is_contiguous()\nv3 = v1.view(-1, 3)\nv4 = v1.view(-1)",
+    ),
+    "contiguous of some tokens": (
+        PLAIN,
+        "v1 = z[..., :5]\nv2 = v1.is_contiguous()\nv3 = v1.contiguous()\nv3.mul_(2)\nv4 = v1.logsumexp(-1)",
+    ),
+    "flatten backwards": (PLAIN, "v1 = z.flatten(-2, 0)"),
+    "flatten one dimension": (PLAIN, "v1 = z.flatten(-3, -3)"),
+    "a view of nothing": (PLAIN, "v1 = z[-1:1, [0, -1], ...]\nv2 = v1.view(0, 2, 1, -1)"),
+    "an entry of one row": (COLUMN, "v1 = z[0, 0, ..., 8]\nv2 = z[0, torch.tensor(0), -12]"),
+    "no entry there": (PLAIN, "v1 = z[[False, False]]\nv2 = v1[..., 15]"),
+    "gather of more rows than there are": (ONE, "v1 = z.gather(-1, ids(4, 12, 2, 4, 1))"),
+    "gather at int32": (PLAIN, "v1 = z.gather(-1, ids(6, 12, 2, 3, 2).int())"),
+    "a sum that keeps every dimension": (PLAIN, "v1 = z.sum(dim=None, keepdim=True)"),
+    "kl_div of two dtypes": (
+        PLAIN,
+        "v1 = z.float()\nv2 = F.kl_div(v1.log_softmax(-1), numbers(0, *z.shape).softmax(-1), reduction='sum')",
+    ),
+    "kl_div of nothing": (
+        PLAIN,
+        "v1 = z[:0]\nv2 = F.kl_div(v1.log_softmax(-1), numbers(0, *v1.shape).softmax(-1), reduction='sum')",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES_THAT_FAILED)
+@pytest.mark.parametrize("name", FAILED)
 def test_what_failed_before(name: str) -> None:
-    check(*EXAMPLES_THAT_FAILED[name])
+    both = check(*FAILED[name])
+    assert not both.counts["refused"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("v1 = z[0]\nz.add_(1)\nv2 = v1.sum()", REFUSALS[0]),
+        ("v1 = z[0]\nz.mul_(positive(0, 2, 3, 1))\nv2 = v1.sum()", REFUSALS[0]),
+        ("v1 = z[0]\nv2 = v1[..., 3:]\nz.add_(1)", REFUSALS[1]),
+    ],
+)
+def test_refusals_name_what_happened(lines: str, message: str) -> None:
+    both = Both(PLAIN)
+    for line in lines.split("\n")[:-1]:
+        both.run(line)
+    last = lines.split("\n")[-1]
+    exec(last, both.of_stock)
+    with pytest.raises(RuntimeError, match=f"orpo_kernels.*{message}"):
+        exec(last, both.of_lazy)
