@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,8 +98,7 @@ def _scale_in_place(x: Any, factor: Any) -> Any:
     view = _scaled(x, factor) if isinstance(x, LazyLogits) else None
     if view is None or (x.requires_grad and not torch.is_grad_enabled()):
         return NotImplemented
-    by_row = isinstance(factor, Tensor) and factor.numel() > 1
-    return scale(x, view, None if by_row else float(factor))
+    return scale(x, view, factor if isinstance(factor, Tensor) and factor.numel() > 1 else float(factor))
 
 
 @handles("neg", "__neg__", "negative")
@@ -114,6 +114,8 @@ def _tanh(x: LazyLogits) -> Any:
 
 @handles("tanh_")
 def _tanh_(x: LazyLogits) -> Any:
+    if x.requires_grad and not torch.is_grad_enabled():
+        return NotImplemented
     mapping = x.view_of.mapping.tanh() if x.view_of.kind == "logits" and not sharing(x) else None
     return NotImplemented if mapping is None else in_place(x, x.view_of.after("tanh", mapping=mapping))
 
@@ -136,9 +138,11 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     """Logits less their own log-sum-exp are log-probabilities."""
     if not isinstance(a, LazyLogits) or isinstance(b, LazyLogits) or not isinstance(b, Tensor) or alpha != 1:
         return NotImplemented
-    of, version = getattr(b, "_orpo_lse_of", (None, 0))
+    root, rows, mapping, version = getattr(b, "_orpo_lse_of", (lambda: None, None, None, 0))
     view = a.view_of
-    if of is None or b._version != version or view.kind != "logits" or b.dim() != a.dim() or not view.same_rows(of):
+    if root() is not view.root or b._version != version or view.kind != "logits" or b.dim() != a.dim():
+        return NotImplemented
+    if not view.same_rows(replace(view, rows=rows, mapping=mapping)):
         return NotImplemented
     if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
         return NotImplemented

@@ -5,12 +5,14 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.memory import change, give_out_views, settle, values
+from orpo_kernels.integrations.lazy.memory import change, settle, show, values
 from orpo_kernels.integrations.lazy.registry import HANDLERS, handles
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
 
@@ -20,11 +22,12 @@ METADATA = frozenset(
     size dim ndimension numel nelement stride storage_offset element_size get_device is_floating_point is_complex
     is_signed is_same_size is_tensor is_storage is_shared is_pinned is_inference is_conj is_neg is_coalesced has_names
     result_type can_cast register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward
-    __hash__ __len__
+    detach_ grad __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
 
 
+@torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives."""
     name = getattr(func, "__name__", str(func))
@@ -35,21 +38,56 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     for x in lazies:
-        settle(x)
+        with _outside_inference():
+            settle(x)
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-    if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
-        result = HANDLERS[name](*args, **kwargs)
+    out = kwargs.pop("out", None)
+    if isinstance(out, LazyLogits):
+        return change(torch.Tensor.copy_, "out=", out, (call(func, args, kwargs),), {})
+    if out is not None:
+        kwargs = {**kwargs, "out": out}
+    if name in raised_by_autocast(lazies):
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, _in_float32, (args, kwargs))
+    if name in HANDLERS and not any(x.changed or x.shown for x in lazies) and kwargs.get("out") is None:
+        with _outside_inference():
+            result = HANDLERS[name](*args, **kwargs)
         if result is not NotImplemented:
             return result
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
-        return change(func, name, args[0], args[1:], kwargs)
-    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
+        with _outside_inference():
+            return change(func, name, args[0], args[1:], kwargs)
+    with _outside_inference():
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     result = func(*args, **kwargs)
     for x in lazies:
-        if not x.changed:
-            give_out_views(x, result)
+        show(x, result)
     return result
+
+
+# Operations that autocast computes in float32. The lists are torch's own for each device type.
+RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "sum", "exp", "log"}
+
+
+def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
+    """Operations that autocast computes in float32 where it is on."""
+    device = lazies[0].device.type if lazies else "cpu"
+    return RAISED.get(device, frozenset()) if torch.is_autocast_enabled(device) else frozenset()
+
+
+def _in_float32(x: LazyLogits) -> Any:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
+    """What a stand-in keeps may be asked for again with gradient, where tensors of inference mode are useless."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _changes_first(func: Any, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_kernels.integrations.lazy.memory import give_out
+from orpo_kernels.integrations.lazy.memory import give_column
 from orpo_kernels.integrations.lazy.reductions import WIDEST_GATHER, taken
 from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, handles, is_vocab, made, position
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
@@ -17,7 +17,7 @@ from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
 MANY_PIECES = 4  # of a split from which on all of them are asked for, so that they are computed together
 
 
-@handles("detach", "detach_")
+@handles("detach")
 def _detach(x: LazyLogits) -> Any:
     return copy_of(x)
 
@@ -297,6 +297,6 @@ def _getitem(x: Any, index: Any) -> Any:
         return NotImplemented
     whole = (*rows.shape, *ids.shape)
     out = taken(x, "getitem", rows[(..., *[None] * ids.dim())].expand(whole), ids.expand(whole))
-    if last.dim() == 0 and not advanced and out is not NotImplemented:
-        give_out(replace(view, rows=rows), out, int(ids))
+    if isinstance(items[-1], int) and not advanced:  # eager torch gives a view here
+        give_column(replace(view, rows=rows), out, int(ids))
     return out
