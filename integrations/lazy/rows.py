@@ -65,6 +65,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Column(NamedTuple):
+    """A token's logits of some rows, which in eager torch would be a view: a change of one is a change of both."""
+
+    tensor: weakref.ref[Tensor]  # of the shape of ``slots``
+    version: int  # of the tensor as it was given out
+    memory: int  # that would be shared, an address
+    slots: Tensor  # of it
+    token: int
+
+
 _roots: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
 
 
@@ -90,7 +100,7 @@ class Root:
         self.expired = False
         self.stored = 0  # bytes of E that wait for backward
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
-        self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
+        self.columns: list[Column] = []
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
@@ -118,15 +128,6 @@ class Root:
                 "orpo_kernels: these logits were not computed yet, and the hidden states they are made of were changed "
                 "in place since: compute what is needed of them before, or unfuse(model)"
             )
-        return inputs
-
-    def held(self) -> Inputs | None:
-        """The tensors of the call, where a stand-in or the head's node still has them."""
-        inputs, node = self._inputs(), None if self.node is None else self.node()
-        if inputs is None and node is not None:
-            # Kept for the node's backward: what checkpoint saves may be unpacked once.
-            inputs = node.unpacked = Inputs(*node.saved_tensors)
-            self._inputs = weakref.ref(inputs)
         return inputs
 
     @property
