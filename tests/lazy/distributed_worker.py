@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather, gather_object, pad_across_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -216,9 +219,40 @@ def judge(layout: Layout, mode: str, rank: int) -> dict[str, Any]:
     return {"errors": errors, **said}
 
 
+def gathered(logits: Tensor) -> dict[str, Tensor]:
+    """What evaluation loops do with logits of several ranks."""
+    parts = [torch.empty(logits.shape, dtype=logits.dtype) for _ in range(2)]
+    dist.all_gather(parts, logits)
+    total = logits.clone()
+    dist.all_reduce(total)
+    padded = pad_across_processes(logits[:, : 5 + dist.get_rank()], dim=1)
+    return {
+        "all_gather": torch.cat(parts),
+        "all_reduce": total,
+        "accelerate gather": gather({"logits": logits})["logits"],
+        "accelerate gather_for_metrics": Accelerator(cpu=True).gather_for_metrics(logits),
+        "accelerate pad and gather": gather(padded),
+        "accelerate gather_object": torch.cat(gather_object([logits.cpu()])),
+    }
+
+
+def collectives(rank: int) -> dict[str, Any]:
+    ids = batch().inputs["input_ids"].chunk(2)[rank]
+    model = llama()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = gathered(model(input_ids=ids).logits)
+        try:
+            found = gathered(fuse(model)(input_ids=ids).logits)
+        except Exception:  # the message is the result
+            return {"traceback": traceback.format_exc()}
+    return {"errors": {name: relative_error(found[name], value) for name, value in expected.items()}}
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")  # accelerate asks for them
     # If one rank fails where the other does not, the other waits no longer than this.
     dist.init_process_group(
         "gloo",
@@ -231,6 +265,7 @@ def main() -> None:
         name: {mode: judge(layout, mode, rank) for mode in MODES if mode == "stock" or layout.exact or mode == "fused"}
         for name, layout in LAYOUTS.items()
     }
+    results["collectives"] = {"fused": collectives(rank)}
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

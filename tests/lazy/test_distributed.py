@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from benchmarks.accuracy import FACTOR, GRAD_FLOOR
+from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
 from tests.lazy.distributed_worker import LAYOUTS, STEPS
 
 pytestmark = [
@@ -89,3 +89,9 @@ def test_logits_are_needed_by_the_unknown_operation_alone(layout: str, results: 
                 assert entry["calls"] == calls
                 materialised = [[operation, count] for operation, where, count in entry["materialised"]]
                 assert materialised == wanted
+
+
+def test_logits_are_gathered_as_ever(results: Results) -> None:
+    """By torch and by accelerate: real numbers leave the rank, and nothing is pickled that should not be."""
+    for of_rank in errors(results, "collectives", "fused"):
+        assert {name: error for name, error in of_rank.items() if not error <= VALUE_FLOOR[torch.float32]} == {}
