@@ -20,7 +20,6 @@ from orpo_kernels.integrations.trainer import Settings
 from orpo_kernels.settings import Head, Needs
 
 _reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
-_sites: weakref.WeakKeyDictionary[nn.Module, list[_LazyForward]] = weakref.WeakKeyDictionary()
 _watching: list[Any] = []  # the handle of the optimisers' hook, once there is one
 
 
@@ -91,40 +90,52 @@ def fuse(
     if head is not None and all(head is not module for module in model.modules()):
         raise ValueError("head must be a module of the model, got one that is no part of it: pass its own")
     found = [head] if head is not None else heads_of(model)
-    report = _reports.setdefault(model, Report())
+    report = fusion_report(model)
     if isinstance(found, str):
         report.refusal = found
         report.note(f"{type(model).__name__} is not fused, because {found}")
-        return model
-    if report.fused:
-        for forward in _sites[model]:
-            forward.site.backend, forward.site.workspace_bytes = settings
         return model
     report.refusal, report.fused = None, True
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(expire))
     for module in found:
-        site = Site(module, settings.backend, settings.workspace_bytes)
-        site.report = report
-        forward = _LazyForward(module, site)
-        module.forward = forward  # type: ignore[method-assign,assignment]
-        _sites.setdefault(model, []).append(forward)
+        forward = vars(module).get("forward")
+        if not isinstance(forward, _LazyForward):
+            forward = _LazyForward(module, Site(module, settings.backend, settings.workspace_bytes))
+            module.forward = forward  # type: ignore[method-assign,assignment]
+        forward.site.report = report
+        forward.site.backend, forward.site.workspace_bytes = settings
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give the model's head its own forward back. Logits that are there already stay lazy."""
-    for forward in _sites.pop(model, []):
-        if vars(forward.head).get("forward") is forward:
-            del forward.head.forward
-    if model in _reports:
-        _reports[model].fused = False
+    report = fusion_report(model)
+    for forward, module in _lazy_heads(model):
+        del module.forward
+        if module.forward != forward.own:  # one that somebody had put there
+            module.forward = forward.own  # type: ignore[method-assign]
+    report.fused = False
     return model
 
 
 def fusion_report(model: nn.Module) -> Report:
     """What became of the model's lazy logits since ``fuse`` or the report's ``reset``."""
-    return _reports.setdefault(model, Report())
+    heads = _lazy_heads(model)
+    report = heads[0][0].site.report if heads else _reports.setdefault(model, Report())
+    for forward, _ in heads:
+        if forward.site.report is not report:
+            report.take(forward.site.report)
+            forward.site.report = report
+    report.fused = bool(heads)
+    _reports[model] = report
+    return report
+
+
+def _lazy_heads(model: nn.Module) -> list[tuple[_LazyForward, nn.Module]]:
+    """Heads that were fused, as they are in the model now: wrapped since, as peft does, copied or replaced."""
+    found = [(vars(module).get("forward"), module) for module in model.modules()]
+    return [(forward, module) for forward, module in found if isinstance(forward, _LazyForward)]
 
 
 def heads_of(model: nn.Module) -> list[nn.Linear] | str:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place, sharing
-from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, copy_of
+from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place
+from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, changed_in_place, copy_of
 
 # Operations that only look at a tensor's metadata or its place on the graph.
 METADATA = frozenset(
@@ -80,12 +80,8 @@ def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         LazyLogits, lambda y: own if y is x else values(y, name), (args[1:], kwargs)
     )
     func(own, *rest[0], **rest[1])
-    x.own, x.changed = own, True
-    for other in sharing(x):
-        other.lost = (
-            f"orpo_kernels: {name} changed lazy logits in place, and this view of them, which was taken before, would "
-            "have to follow: take the view after the change, or unfuse(model)"
-        )
+    x.own = own
+    changed_in_place(x, name)
     return None if name == "__setitem__" else x
 
 

@@ -141,15 +141,30 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
             return copy_of(args[0])
-        if any(argument.is_out or _mutates(argument) for argument in func._schema.arguments):
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if _mutates(argument) and isinstance(value, LazyLogits):
-                    raise RuntimeError(
-                        f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
-                        "unfuse(model) for such code"
-                    )
+        written = _written(func, args, kwargs)
+        if any(func.namespace != "c10d" or (x.requires_grad and torch.is_grad_enabled()) for x in written):
+            raise RuntimeError(
+                f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
+                "unfuse(model) for such code"
+            )
         values = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: computed(x, str(func)), (args, kwargs))
-        return func(*values[0], **values[1])
+        result = func(*values[0], **values[1])
+        for x in written:  # by a collective, whose result arrives in the values that were computed
+            changed_in_place(x, str(func))
+        return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[LazyLogits]:
+    """The stand-ins that an operation writes into. Collectives do not declare it of their first argument."""
+    if func.namespace == "c10d":
+        into = args[:1] if func._opname.endswith("_") else ()
+    else:
+        declared = func._schema.arguments
+        into = (
+            *(value for argument, value in zip(declared, args, strict=False) if _mutates(argument)),
+            *(kwargs[argument.name] for argument in declared if _mutates(argument) and argument.name in kwargs),
+        )
+    return [x for x in torch.utils._pytree.tree_leaves(into) if isinstance(x, LazyLogits)]
 
 
 def _mutates(argument: Any) -> bool:
@@ -172,6 +187,18 @@ def computed(x: LazyLogits, operation: str) -> Tensor:
         x.view_of.root.site.report.materialise(operation, x.view_of.bytes)
         x.own = x.view_of.dense()
     return x.own.detach()
+
+
+def changed_in_place(x: LazyLogits, operation: str) -> None:
+    """From now on a stand-in is its values, and views of it that were taken before cannot be used."""
+    from orpo_kernels.integrations.lazy.registry import sharing
+
+    x.changed = True
+    for other in sharing(x):
+        other.lost = (
+            f"orpo_kernels: {operation} changed lazy logits in place, and this view of them, which was taken before, "
+            "would have to follow: take the view after the change, or unfuse(model)"
+        )
 
 
 class LazyGrad(torch.Tensor):
