@@ -46,14 +46,32 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return result
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
         return _change(func, name, args, kwargs)
-    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
-    return func(*args, **kwargs)
+    if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
+            return func(*args, **kwargs)
+    owns = {id(x): values(x, name) for x in lazies}
+    before = {of: _version(own) for of, own in owns.items()}
+    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: owns[id(x)], (args, kwargs))
+    result = func(*args, **kwargs)
+    for x in lazies:
+        if _version(owns[id(x)]) != before[id(x)]:  # relu(inplace=True), out=
+            changed_in_place(x, name)
+    return result
+
+
+def _version(own: Tensor) -> int:
+    return 0 if own.is_inference() else own._version
 
 
 def values(x: LazyLogits, operation: str) -> Tensor:
-    """The full logits, on the graph; kept while the stand-in lives, so that they are computed once."""
+    """The full logits, on the graph; kept while the stand-in lives, so that they are computed once.
+
+    Without gradient, logits of one position a sequence are what generation reads: no word about them.
+    """
     if x.own is None or (not x.changed and x.requires_grad and torch.is_grad_enabled() and not x.own.requires_grad):
-        x.view_of.root.site.report.materialise(" > ".join((*x.view_of.chain, operation)), x.view_of.bytes)
+        view = x.view_of
+        if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
+            view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
         x.own = DenseNode.apply(x)
     own: Tensor = x.own
     return own
