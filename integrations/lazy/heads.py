@@ -56,6 +56,13 @@ class _LazyForward:
         self.site.report.calls += 1
         return lazy_logits(root, input, weight, bias, input.dtype)
 
+    def replica(self) -> nn.Module:
+        """For ``nn.DataParallel``, which gathers the logits of all devices: the head with its stock forward."""
+        copy = nn.Module._replicate_for_data_parallel(self.head)
+        for name in ("forward", "_replicate_for_data_parallel"):
+            del vars(copy)[name]
+        return copy
+
     def _gains(self, input: Tensor) -> bool:
         """Whether logits are of a length and in a mode in which a loss may be made of them."""
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -106,11 +113,13 @@ def fuse(
     report.refusal, report.fused = None, True
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(expire))
+    ours = {id(module): forward for forward, module in _lazy_heads(model)}
     for module in found:
-        forward = vars(module).get("forward")
-        if not isinstance(forward, _LazyForward):
+        forward = ours.get(id(module))
+        if forward is None:
             forward = _LazyForward(module, Site(module, settings.backend, settings.workspace_bytes))
             module.forward = forward  # type: ignore[method-assign,assignment]
+            module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
         forward.site.report = report
         forward.site.backend, forward.site.workspace_bytes = settings
     return model
@@ -120,6 +129,10 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give the model's head its own forward back. Logits that are there already stay lazy."""
     report = fusion_report(model)
     for forward, module in _lazy_heads(model):
+        vars(module).pop("_replicate_for_data_parallel", None)
+        if vars(module).get("forward") is not forward:
+            module._old_forward = forward.own  # type: ignore[assignment]
+            continue
         del module.forward
         if module.forward != forward.own:  # one that somebody had put there
             module.forward = forward.own  # type: ignore[method-assign]
@@ -147,8 +160,13 @@ def fusion_report(model: nn.Module) -> Report:
 
 def _lazy_heads(model: nn.Module) -> list[tuple[_LazyForward, nn.Module]]:
     """Heads that were fused, as they are in the model now: wrapped since, as peft does, copied or replaced."""
-    found = [(vars(module).get("forward"), module) for module in model.modules()]
-    return [(forward, module) for forward, module in found if isinstance(forward, _LazyForward)]
+    found = []
+    for module in model.modules():
+        for name in ("forward", "_old_forward"):  # where accelerate's hooks keep what they call
+            forward = vars(module).get(name)
+            if isinstance(forward, _LazyForward):
+                found.append((forward, module))
+    return found
 
 
 def patch_transformers(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:

@@ -25,8 +25,9 @@ METADATA = frozenset(
 )
 
 
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation gives."""
+    """What an operation gives. Our own code is no part of what torch.compile compiles."""
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__", "__delete__"):
         return _property(func, name, args, kwargs)

@@ -70,6 +70,7 @@ class Root:
         self.tables: dict[Any, Table] = {}
         self.views: list[weakref.ref[Tensor]] = []
         self.expired = False
+        self._before: Tensor | None = None  # the weight's fingerprint
         self.stored = 0  # bytes of E that wait for backward
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
@@ -81,26 +82,35 @@ class Root:
         Raises:
             RuntimeError: they have changed since.
         """
-        weight = self._weight
-        if weight.untyped_storage().nbytes() == 0 and weight.numel():  # sharded again after the head's forward
-            live: Any = self.site.module.weight
-            if hasattr(live, "full_tensor"):
-                live = live.full_tensor()
-            if live.shape == weight.shape and live.untyped_storage().nbytes():
-                bias: Any = self.site.module.bias
-                bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
-                return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
-            raise RuntimeError(
-                "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
-                "gathered again: compute it before, or unfuse(model)"
-            )
+        weight, sharded = self._weight, _is_sharded(self._weight)
         changed = self._version is not None and weight._version != self._version
-        if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
+        changed = changed and weight.data_ptr() == self.site.module.weight.data_ptr()
+        if self.expired:  # some optimiser has stepped, which may be another model's
+            changed = changed or sharded or self._before is None or not torch.equal(self._before, _fingerprint(weight))
+        if changed:
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        return weight, self._bias
+        if not sharded:
+            return weight, self._bias
+        live: Any = self.site.module.weight
+        if hasattr(live, "full_tensor"):
+            live = live.full_tensor()
+        if live.shape == weight.shape and not _is_sharded(live):
+            bias: Any = self.site.module.bias
+            bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+            return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+        raise RuntimeError(
+            "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
+            "gathered again: compute it before, or unfuse(model)"
+        )
+
+    def expire(self) -> None:
+        """An optimiser is about to step. Whether it was this head's shows in the weight: versions do not tell."""
+        if self.needs.head and not self.expired:
+            self.expired = True
+            self._before = None if _is_sharded(self._weight) else _fingerprint(self._weight)
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -301,7 +311,17 @@ class Table:
         root.site.report.plans[plan.name] = str(plan)
 
 
+def _is_sharded(weight: Tensor) -> bool:
+    """Whether a wrapper has taken a weight's memory back after the head's forward."""
+    return weight.untyped_storage().nbytes() == 0 and weight.numel() > 0
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """A number for each row of a weight, that an optimiser's step changes where it changes the row."""
+    return weight.sum(-1, dtype=acc_dtype(weight.dtype))
+
+
 def expire(*_: Any) -> None:
-    """An optimiser is about to step: what is not computed yet never will be."""
+    """An optimiser is about to step: what is not computed yet never will be, if the head is one of its own."""
     for root in list(_roots):
-        root.expired = root.expired or root.needs.head
+        root.expire()

@@ -61,15 +61,17 @@ class View:
         return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
 
     def dense(self) -> Tensor:
-        """What this stands for, computed."""
+        """What this stands for, computed; no view of anything, so that it may be changed in place."""
         root, rows = self.root, self.rows.reshape(-1)
-        out = torch.empty((rows.numel(), self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        flat = out.view(-1, self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
-                out[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
+                flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        out = out.view(*self.rows.shape, self.mapping.vocab)
-        return out if self.vocab_dim == -1 else out.movedim(-1, self.vocab_dim).contiguous()
+        if self.vocab_dim == -1:
+            return out
+        return out.movedim(-1, self.vocab_dim).clone(memory_format=torch.contiguous_format)
 
     def terms_of_dense(self, grad: Tensor) -> Terms:
         """A dense gradient of the stand-in's shape."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     ShardingStrategy,
     fully_shard,
@@ -39,6 +40,9 @@ from benchmarks.accuracy import relative_error
 from orpo_kernels.integrations import fuse, fusion_report
 from tests.integrations.models import VOCAB, batch, llama
 
+Batch = tuple[Tensor, Tensor]  # ids and labels
+
+IDS = batch().inputs["input_ids"]
 STEPS, PROMPT = 2, 3
 # A power of two, so that a gradient is what SGD moved, divided by it, to the last bits of the weight.
 RATE = 2.0**-6
@@ -53,7 +57,11 @@ class Layout:
     tied: bool = False
     accumulates: bool = False  # the rank's half of the batch in two parts, with gradients reduced after the second
     autocast: bool = False
+    empty: bool = False  # whether nothing of the second rank's half is scored
     exact: bool = True  # float64 throughout; else float32 weights that something computes with in bfloat16
+
+
+LATE = ("ddp", "fsdp1", "fsdp2 root", "fsdp2 root keeps weights", "fsdp2 head", "fsdp2 tail")
 
 
 def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
@@ -105,34 +113,47 @@ LAYOUTS: dict[str, Layout] = {
     "ddp static_graph tied": Layout(ddp(static_graph=True), tied=True),
     "ddp gradients as views": Layout(ddp(gradient_as_bucket_view=True)),
     "ddp accumulates": Layout(ddp(), accumulates=True),
+    "ddp empty rank": Layout(ddp(), empty=True),
     "ddp autocast": Layout(ddp(), autocast=True, exact=False),
     "fsdp1": Layout(fsdp1(use_orig_params=True)),
     "fsdp1 flat parameters": Layout(fsdp1(use_orig_params=False)),
     "fsdp1 keeps weights": Layout(fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)),
+    "fsdp1 bf16": Layout(
+        fsdp1(use_orig_params=True, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)), exact=False
+    ),
     "fsdp1 tied": Layout(fsdp1(use_orig_params=True), tied=True),
     "fsdp2 root": Layout(fsdp2(root=True)),
     "fsdp2 root tied": Layout(fsdp2(root=True), tied=True),
     "fsdp2 root keeps weights": Layout(fsdp2(root=False)),
     "fsdp2 layers": Layout(fsdp2(layers=True)),
+    "fsdp2 layers empty rank": Layout(fsdp2(layers=True), empty=True),
     "fsdp2 layers accumulates": Layout(fsdp2(layers=True), accumulates=True),
     "fsdp2 root bf16": Layout(fsdp2(root=True, mp_policy=BF16), exact=False),
     "fsdp2 tail": Layout(fsdp2(*TAIL, layers=True, reshard=False)),  # accelerate's grouping
     "fsdp2 tail bf16": Layout(fsdp2(*TAIL, layers=True, reshard=False, mp_policy=BF16), exact=False),
     "fsdp2 head": Layout(fsdp2("lm_head", reshard=True)),
+    "fsdp2 head empty rank": Layout(fsdp2("lm_head", reshard=True), empty=True),
     "fsdp2 head bf16": Layout(fsdp2("lm_head", reshard=True, mp_policy=BF16), exact=False),
     "fsdp2 head keeps weights": Layout(fsdp2("lm_head", reshard=False)),
 }
 
 
-def loss_of(logits: Tensor, ids: Tensor, unknown: bool) -> Tensor:
-    """Two consumers of the same logits, one of them not linear in its log-probabilities."""
+def labels_of(layout: Layout, ids: Tensor) -> Tensor:
+    """Next tokens behind the prompt."""
     labels = ids[:, 1:].clone()
     labels[:, :PROMPT] = -100
+    if layout.empty:
+        labels[len(labels) // 2 :] = -100
+    return labels
+
+
+def loss_of(logits: Tensor, labels: Tensor, unknown: bool) -> Tensor:
+    """Two consumers of the same logits, one of them not linear in its log-probabilities; a mean over sequences."""
     scored = labels != -100
     logps = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
-    answer = (logps * scored).sum(-1) / scored.sum(-1)
-    nll = F.cross_entropy(logits[..., :-1, :].reshape(-1, VOCAB), labels.reshape(-1))
-    loss = nll - F.logsigmoid(answer).mean()
+    answer = (logps * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+    nll = F.cross_entropy(logits[..., :-1, :].reshape(-1, VOCAB), labels.reshape(-1), reduction="sum")
+    loss = nll / labels.numel() - F.logsigmoid(answer).mean()
     return loss + logits.sort(-1).values[..., -5:].square().mean() if unknown else loss
 
 
@@ -161,7 +182,7 @@ def without_reduction(wrapped: nn.Module) -> Any:
         wrapped.set_requires_gradient_sync(True)
 
 
-def train(layout: Layout, ids: Tensor, mode: str, alone: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train(layout: Layout, batch: Batch, mode: str, alone: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The gradients of every step and the loss in evaluation; and what the report of a fused model says."""
     model = llama(tie_word_embeddings=layout.tied).to(torch.float64 if layout.exact or alone else torch.float32)
     if mode != "stock" and not alone:
@@ -171,27 +192,27 @@ def train(layout: Layout, ids: Tensor, mode: str, alone: bool = False) -> tuple[
     cast = torch.autocast("cpu", torch.bfloat16, enabled=layout.autocast and not alone)
     unknown, found = mode == "unknown", {}
 
-    def backward(part: Tensor, weight: float = 1.0) -> None:
+    def backward(ids: Tensor, labels: Tensor, weight: float = 1.0) -> None:
         with cast:
-            logits = wrapped(input_ids=part).logits
-        (weight * loss_of(logits, part, unknown)).backward()
+            logits = wrapped(input_ids=ids).logits
+        (weight * loss_of(logits, labels, unknown)).backward()
 
     before = weights_of(wrapped, model)
     for step in range(STEPS):
         if layout.accumulates and not alone:
-            first, second = ids.chunk(2)
+            first, second = zip(*(each.chunk(2) for each in batch), strict=True)
             with without_reduction(wrapped):
-                backward(first, 0.5)
-            backward(second, 0.5)
+                backward(*first, 0.5)
+            backward(*second, 0.5)
         else:
-            backward(ids)
+            backward(*batch)
         optimiser.step()
         optimiser.zero_grad()
         after = weights_of(wrapped, model)
         found.update({f"step {step}: {name}": (before[name] - after[name]) / RATE for name in before})
         before = after
     with torch.no_grad(), cast:
-        loss = loss_of(wrapped(input_ids=ids).logits, ids, unknown).double()
+        loss = loss_of(wrapped(input_ids=batch[0]).logits, batch[1], unknown).double()
     if not alone:
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
@@ -207,12 +228,12 @@ def train(layout: Layout, ids: Tensor, mode: str, alone: bool = False) -> tuple[
 
 def judge(layout: Layout, mode: str, rank: int) -> dict[str, Any]:
     """Errors of one layout."""
-    ids = batch().inputs["input_ids"]
-    truth, _ = train(layout, ids, mode, alone=True)
+    whole = IDS, labels_of(layout, IDS)
+    truth, _ = train(layout, whole, mode, alone=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found, said = train(layout, ids.chunk(2)[rank], mode)
+            found, said = train(layout, (whole[0].chunk(2)[rank], whole[1].chunk(2)[rank]), mode)
     except Exception:  # the layouts after this one are still worth their results
         return {"traceback": traceback.format_exc()}
     errors = {name: relative_error(found[name], expected) for name, expected in truth.items()}
@@ -237,8 +258,7 @@ def gathered(logits: Tensor) -> dict[str, Tensor]:
 
 
 def collectives(rank: int) -> dict[str, Any]:
-    ids = batch().inputs["input_ids"].chunk(2)[rank]
-    model = llama()
+    ids, model = IDS.chunk(2)[rank], llama()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = gathered(model(input_ids=ids).logits)
@@ -247,6 +267,20 @@ def collectives(rank: int) -> dict[str, Any]:
         except Exception:  # the message is the result
             return {"traceback": traceback.format_exc()}
     return {"errors": {name: relative_error(found[name], value) for name, value in expected.items()}}
+
+
+def late(layout: Layout, rank: int) -> dict[str, Any]:
+    """What is said of logits that are first used after a step of their head's optimiser."""
+    model = fuse(llama())
+    wrapped = layout.wrap(model)
+    ids = IDS.chunk(2)[rank]
+    logits = [wrapped(input_ids=ids).logits for _ in range(2)]
+    logits[1].logsumexp(-1).mean().backward()
+    torch.optim.SGD(wrapped.parameters(), lr=1.0).step()
+    try:
+        return {"value": logits[0].logsumexp(-1).sum().item()}
+    except RuntimeError as error:
+        return {"refused": str(error)}
 
 
 def main() -> None:
@@ -265,6 +299,8 @@ def main() -> None:
         name: {mode: judge(layout, mode, rank) for mode in MODES if mode == "stock" or layout.exact or mode == "fused"}
         for name, layout in LAYOUTS.items()
     }
+    for name in LATE:
+        results[f"{name}, late"] = {"fused": late(LAYOUTS[name], rank)}
     results["collectives"] = {"fused": collectives(rank)}
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

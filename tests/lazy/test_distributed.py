@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
-from tests.lazy.distributed_worker import LAYOUTS, STEPS
+from tests.lazy.distributed_worker import LATE, LAYOUTS, STEPS
 
 pytestmark = [
     pytest.mark.slow,  # two processes
@@ -97,3 +97,9 @@ def test_logits_are_gathered_as_ever(results: Results) -> None:
     """By torch and by accelerate: real numbers leave the rank, and nothing is pickled that should not be."""
     for of_rank in errors(results, "collectives", "fused"):
         assert {name: error for name, error in of_rank.items() if not error <= VALUE_FLOOR[torch.float32]} == {}
+
+
+@pytest.mark.parametrize("layout", LATE)
+def test_logits_are_not_computed_with_weights_of_after_the_step(layout: str, results: Results) -> None:
+    for of_rank in results:
+        assert "their head's weight has changed since the forward" in of_rank[f"{layout}, late"]["fused"]["refused"]
