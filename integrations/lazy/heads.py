@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
 from orpo_kernels.integrations.lazy.report import Report
-from orpo_kernels.integrations.lazy.rows import Root, Site, expire
+from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
 from orpo_kernels.integrations.lazy.stand_in import lazy_logits
 from orpo_kernels.integrations.trainer import Settings
 from orpo_kernels.settings import Head, Needs
@@ -51,8 +51,10 @@ class _LazyForward:
             bias = None if bias is None else bias.to(to)
         if input.dtype != weight.dtype:
             return self.own(input)  # whose error names both
-        needs = Needs.of(input, Head(weight, bias))
-        root = Root(self.site, input, weight, bias, needs)
+        needs, inputs = Needs.of(input, Head(weight, bias)), Inputs(input, weight, bias)
+        # A cast copy of the weight is not what an optimiser changes.
+        trainable = weight is head.weight and weight.requires_grad
+        root = Root(self.site, inputs, needs, sequences=input.shape[:-2].numel(), trainable=trainable)
         self.site.report.calls += 1
         return lazy_logits(root, input, weight, bias, input.dtype)
 

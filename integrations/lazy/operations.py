@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place
-from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, changed_in_place, copy_of
+from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place, sharing
+from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, changed_in_place, copy_of, keep
 
 # Operations that only look at a tensor's metadata or its place on the graph.
 METADATA = frozenset(
@@ -20,7 +20,7 @@ METADATA = frozenset(
     size dim ndimension numel nelement stride storage_offset element_size get_device is_floating_point is_complex
     is_signed is_same_size is_tensor is_storage is_shared is_pinned is_inference is_conj is_neg is_coalesced has_names
     result_type can_cast register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward
-    __hash__ __len__
+    detach_ grad __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
 
@@ -36,11 +36,16 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     for x in lazies:
+        _settle(x)
         if x.lost is not None:
             raise RuntimeError(x.lost)
-        _settle(x)
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+    out = kwargs.pop("out", None)
+    if isinstance(out, LazyLogits):
+        return _change(torch.Tensor.copy_, "out=", (out, call(func, args, kwargs)), {})
+    if out is not None:
+        kwargs = {**kwargs, "out": out}
     if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
         result = HANDLERS[name](*args, **kwargs)
         if result is not NotImplemented:
@@ -50,18 +55,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
         with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
             return func(*args, **kwargs)
-    owns = {id(x): values(x, name) for x in lazies}
-    before = {of: _version(own) for of, own in owns.items()}
-    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: owns[id(x)], (args, kwargs))
-    result = func(*args, **kwargs)
-    for x in lazies:
-        if _version(owns[id(x)]) != before[id(x)]:  # relu(inplace=True), out=
-            changed_in_place(x, name)
-    return result
-
-
-def _version(own: Tensor) -> int:
-    return 0 if own.is_inference() else own._version
+    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def values(x: LazyLogits, operation: str) -> Tensor:
@@ -69,13 +64,16 @@ def values(x: LazyLogits, operation: str) -> Tensor:
 
     Without gradient, logits of one position a sequence are what generation reads: no word about them.
     """
-    if x.own is None or (not x.changed and x.requires_grad and torch.is_grad_enabled() and not x.own.requires_grad):
+    leaf = x.is_leaf and x.requires_grad
+    follows = x.requires_grad and torch.is_grad_enabled() and not leaf and not x.changed
+    if x.own is None or (follows and not x.own.requires_grad):
         view = x.view_of
         if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
             view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
-        x.own = DenseNode.apply(x)
-    own: Tensor = x.own
-    return own
+        # A leaf's graph has the leaf in it: with a graph of their own its values would keep it alive for ever.
+        keep(x, x.view_of.dense() if leaf else DenseNode.apply(x))
+    assert x.own is not None
+    return DenseNode.apply(x, x.own) if leaf and torch.is_grad_enabled() else x.own
 
 
 def _changes_first(func: Any, name: str) -> bool:
@@ -92,38 +90,62 @@ def _changes_first(func: Any, name: str) -> bool:
 def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation in place that is no scale: on the values, which stand for this tensor from now on."""
     x: LazyLogits = args[0]
-    own = values(x, name)
-    if not x.changed and not (own.requires_grad and torch.is_grad_enabled()):
-        own = own.clone()
+    with torch.set_grad_enabled(x.requires_grad or torch.is_grad_enabled()):
+        own = values(x, name)  # on the graph also where the change is made past it
     rest = torch.utils._pytree.tree_map_only(
         LazyLogits, lambda y: own if y is x else values(y, name), (args[1:], kwargs)
     )
     func(own, *rest[0], **rest[1])
-    x.own = own
     changed_in_place(x, name)
     return None if name == "__setitem__" else x
 
 
 def _settle(x: LazyLogits) -> None:
-    """Take over what was done in place through other views."""
+    """Take over what was done in place through other tensors that share its memory."""
+    root = x.view_of.root
+    if root.in_memory:
+        for y in (x, *sharing(x)):
+            if y.own is not None and not y.changed and y.own._version != y.own_version:
+                changed_in_place(y, "an operation on a view of them")
+    if any(column._version != version for column, version in root.columns):
+        raise RuntimeError(
+            "orpo_kernels: single logits of a token, taken as logits[..., token], were changed in place, which lazy "
+            "logits cannot follow: write logits[..., token] = value, or unfuse(model)"
+        )
     edits, x.edits = x.edits, []
-    for rows, factor in edits:
+    for edit in edits:
         view = x.view_of
-        inside = torch.isin(view.rows, rows)
+        inside = torch.isin(view.rows.contiguous(), edit.rows.contiguous())
         if not inside.any():
             continue
-        if inside.all():
-            mapping = view.mapping.times(factor)
+        # Autograd takes no note of a change that was made past it, so that gradients do not see the factor.
+        past = x.requires_grad and edit.graph is not view.graph
+        whole = inside.all() and not isinstance(edit.factor, Tensor)
+        every = torch.ones(root.rows.shape, dtype=root.acc, device=edit.rows.device)
+        each = edit.factor.reshape(-1) if isinstance(edit.factor, Tensor) else torch.full_like(every[:1], edit.factor)
+        every[edit.rows.reshape(-1)] = each.to(root.acc)
+        after = None
+        if not past and edit.vocab >= view.mapping.vocab:
+            if view.kind != "logits":
+                after = view.after("scale", factor=view.factor * edit.factor) if whole else None
+            else:
+                mapping = view.mapping.times(edit.factor) if whole else view.mapping.times_rows(every)
+                after = None if mapping is None else view.after("scale", mapping=mapping)
+        if after is not None:
+            in_place(x, after)
+            continue
+        scale = every[view.rows].unsqueeze(-1).expand(*view.rows.shape, view.mapping.vocab)
+        scale = scale.where(torch.arange(view.mapping.vocab, device=scale.device) < edit.vocab, 1)
+        scale = (scale if view.vocab_dim == -1 else scale.movedim(-1, view.vocab_dim)).to(x.dtype)
+        with torch.set_grad_enabled(x.requires_grad):
+            own = values(x, "scale in place")
+        if past:
+            with torch.no_grad():
+                own.mul_(scale)
         else:
-            every = torch.ones(view.root.rows.shape, dtype=view.root.acc, device=rows.device)
-            every[rows.reshape(-1)] = factor
-            mapping = view.mapping.times_rows(every)
-        if mapping is None:
-            raise RuntimeError(
-                "orpo_kernels: a part of these lazy logits was scaled in place through another view, which cannot be "
-                "followed here: use that view, or unfuse(model)"
-            )
-        in_place(x, view.after("scale", mapping=mapping))
+            with torch.set_grad_enabled(x.requires_grad):
+                x.own = own * scale
+        x.changed = True
 
 
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

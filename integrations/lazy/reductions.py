@@ -6,6 +6,7 @@ the expectation under softmax. Cross-entropy, entropy and the rest are plain tor
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -149,7 +150,8 @@ def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
         lse = _lse(x, "logsumexp", mapping) - view.factor * _lse(x, "logsumexp")
     out = (lse.unsqueeze(-1) if keepdim else lse).to(x.dtype)
     if keepdim and view.kind == "logits":
-        out._orpo_lse_of = view  # type: ignore[attr-defined]
+        of = weakref.ref(view.root), view.rows, view.mapping, out._version
+        out._orpo_lse_of = of  # type: ignore[attr-defined]
     return out
 
 

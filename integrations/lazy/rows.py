@@ -13,7 +13,7 @@ workspace, else four.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class Site:
     def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
+        _sites[id(self)] = self
         self.moments: set[Any] = set()  # keys of maps whose moments were wanted: later passes form them in passing
 
     def select(self, hidden: Tensor) -> Backend:
@@ -52,19 +53,40 @@ class Site:
         self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
 
 
-_roots: weakref.WeakSet[Root] = weakref.WeakSet()
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+class Inputs:
+    """The tensors of a head's call, unknown to autograd."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.versions = _version(self.hidden), _version(self.weight)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_roots: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
 
 
 class Root:
-    """One call of a head on ``hidden [rows, H]``; its tensors unknown to autograd."""
+    """One call of a head on ``hidden [rows, H]``.
 
-    def __init__(self, site: Site, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> None:
-        self.site, self.needs = site, needs
-        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-        self.sequences = hidden.shape[:-2].numel()
-        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._version = self._weight._version if not weight.is_inference() else None
-        self.rows = torch.arange(self.hidden.shape[0], device=hidden.device)
+    Stand-ins own its inputs, and so does the head's node until backward has freed what it saved. A loss that somebody
+    keeps with its graph, as ``total += loss``, then holds no hidden states, as with the stock head.
+    """
+
+    node: Callable[[], Any] | None = None  # a weak reference to the head's node, where there is one
+
+    def __init__(self, site: Site, inputs: Inputs, needs: Needs, *, sequences: int, trainable: bool) -> None:
+        self.site, self.needs, self.sequences, self.trainable = site, needs, sequences, trainable
+        self._inputs = weakref.ref(inputs)
+        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+        self.rows = torch.arange(hidden.shape[0], device=hidden.device)
+        self.dtype, self.device = hidden.dtype, hidden.device
         self.acc = acc_dtype(hidden.dtype)
         self.hints: Tensor | None = None  # [rows], a label that was asked for: the best shift of its row
         self.tables: dict[Any, Table] = {}
@@ -72,9 +94,34 @@ class Root:
         self.expired = False
         self._before: Tensor | None = None  # the weight's fingerprint
         self.stored = 0  # bytes of E that wait for backward
+        self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
+        self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
-        _roots.add(self)
+        _roots[id(self)] = self
+
+    def inputs(self) -> Inputs:
+        """The tensors of the call.
+
+        Raises:
+            RuntimeError: backward has freed them, or hidden was changed in place.
+        """
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            inputs = Inputs(*node.saved_tensors)  # which checks that nobody has changed them
+            self._inputs = weakref.ref(inputs)
+        if inputs is None:
+            raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
+        if _version(inputs.hidden) != inputs.versions[0]:
+            raise RuntimeError(
+                "orpo_kernels: these logits were not computed yet, and the hidden states they are made of were changed "
+                "in place since: compute what is needed of them before, or unfuse(model)"
+            )
+        return inputs
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.inputs().hidden
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """The head's tensors of the call, gathered again where a wrapper has taken their memory back.
@@ -82,10 +129,10 @@ class Root:
         Raises:
             RuntimeError: they have changed since.
         """
-        weight, sharded = self._weight, _is_sharded(self._weight)
-        changed = self._version is not None and weight._version != self._version
-        changed = changed and weight.data_ptr() == self.site.module.weight.data_ptr()
-        if self.expired:  # some optimiser has stepped, which may be another model's
+        inputs = self.inputs()
+        weight, sharded = inputs.weight, _is_sharded(inputs.weight)
+        changed = _version(weight) != inputs.versions[1] and weight.data_ptr() == self.site.module.weight.data_ptr()
+        if self.expired:  # by a step of its own optimiser, or of one of which that is not known
             changed = changed or sharded or self._before is None or not torch.equal(self._before, _fingerprint(weight))
         if changed:
             raise RuntimeError(
@@ -93,7 +140,7 @@ class Root:
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
         if not sharded:
-            return weight, self._bias
+            return weight, inputs.bias
         live: Any = self.site.module.weight
         if hasattr(live, "full_tensor"):
             live = live.full_tensor()
@@ -106,11 +153,14 @@ class Root:
             "gathered again: compute it before, or unfuse(model)"
         )
 
-    def expire(self) -> None:
-        """An optimiser is about to step. Whether it was this head's shows in the weight: versions do not tell."""
-        if self.needs.head and not self.expired:
-            self.expired = True
-            self._before = None if _is_sharded(self._weight) else _fingerprint(self._weight)
+    def expire(self, known: bool) -> None:
+        """An optimiser is about to step: this head's, or one that may be, which shows in the weight afterwards."""
+        inputs = self._inputs()
+        if not self.expired and inputs is not None and not known and not _is_sharded(inputs.weight):
+            self._before = _fingerprint(inputs.weight)
+        elif known:
+            self._before = None
+        self.expired = True
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -176,8 +226,9 @@ class Root:
         """The gradients of hidden, weight and bias for the sum of the terms."""
         from orpo_kernels.integrations.lazy.products import Dense, Sparse
 
+        inputs = self.inputs()  # kept until the products are done  # noqa: F841
         weights = weight.detach(), None if bias is None else bias.detach()
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)
@@ -199,14 +250,20 @@ class Table:
 
     def __init__(self, root: Root, mapping: Map) -> None:
         n = root.rows.numel()
-        self.root, self.mapping = root, mapping
-        self.known = torch.zeros(n, dtype=torch.bool, device=root.hidden.device)
-        self.ids = torch.zeros(n, dtype=torch.int64, device=root.hidden.device)
-        self.logps, self.labels = root.hidden.new_zeros((2, n), dtype=root.acc)
+        self._root, self.mapping = weakref.ref(root), mapping  # weak, as the root owns its tables
+        self.known = torch.zeros(n, dtype=torch.bool, device=root.device)
+        self.ids = torch.zeros(n, dtype=torch.int64, device=root.device)
+        self.logps, self.labels = torch.zeros((2, n), dtype=root.acc, device=root.device)
         self.passes: list[Pass] = []
         self.family: Tensor | None = None
         self._moments: Moments | None = None
         self._with_moments = torch.zeros_like(self.known)
+
+    @property
+    def root(self) -> Root:
+        root = self._root()
+        assert root is not None  # who asks has it from there
+        return root
 
     def logps_of(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Log-probabilities of ``ids [k]`` at ``rows [k]``."""
@@ -321,7 +378,20 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return weight.sum(-1, dtype=acc_dtype(weight.dtype))
 
 
-def expire(*_: Any) -> None:
-    """An optimiser is about to step: what is not computed yet never will be, if the head is one of its own."""
-    for root in list(_roots):
-        root.expire()
+def expire(optimiser: Any, *_: Any) -> None:
+    """An optimiser is about to step: what is not computed yet of the heads it trains never will be.
+
+    An optimiser may train copies of the weights, in another precision or sharded: the weights themselves tell. One that
+    has a fused head's own weight does not, and leaves the other heads alone.
+    """
+    trained = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+
+    def is_trained(module: nn.Module) -> bool:
+        return any(id(parameter) in trained for parameter in module.parameters())
+
+    sites = [site for each in _sites.valuerefs() if (site := each()) is not None]
+    knows = any(is_trained(site.module) for site in sites)
+    for each in _roots.valuerefs():
+        root = each()
+        if root is not None and (is_trained(root.site.module) if knows else root.trainable):
+            root.expire(knows)

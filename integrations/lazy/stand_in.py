@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.engine import refuse_second_derivatives
 from orpo_kernels.integrations.lazy.gradient import Dense, Map, Term, Terms, added
-from orpo_kernels.integrations.lazy.rows import Root
+from orpo_kernels.integrations.lazy.rows import Inputs, Root
 
 _aten = torch.ops.aten
 
@@ -39,6 +39,7 @@ class View:
     vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
     family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
     chain: tuple[str, ...] = ()  # operations so far, for the report
+    graph: object = field(default_factory=object)  # shared by views that autograd follows from one to another
 
     @property
     def shape(self) -> torch.Size:
@@ -63,8 +64,9 @@ class View:
     def dense(self) -> Tensor:
         """What this stands for, computed; no view of anything, so that it may be changed in place."""
         root, rows = self.root, self.rows.reshape(-1)
+        # Not a view of anything: autograd lets nobody change in place a view that a node returned.
         out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
-        flat = out.view(-1, self.mapping.vocab)
+        flat = out.view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
                 flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
@@ -107,6 +109,15 @@ def _strides(shape: torch.Size) -> list[int]:
     return [*strides, max(step, 2)]
 
 
+class Edit(NamedTuple):
+    """A scale in place of a view that shares memory with others."""
+
+    rows: Tensor  # of the root
+    factor: float | Tensor  # of all rows, or of each
+    vocab: int  # columns, from the first
+    graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
+
+
 class LazyLogits(torch.Tensor):
     """A tensor of logits, or of what a loss first makes of them, that is not there."""
 
@@ -114,7 +125,9 @@ class LazyLogits(torch.Tensor):
     own: Tensor | None  # the values, once something changed them in place or needed all of them
     changed: bool  # whether ``own`` is no longer what the view says
     lost: str | None  # why it cannot be used any more
-    edits: list[tuple[Tensor, float | Tensor]]  # scales in place, of views that share memory
+    inputs: Inputs  # of the root, which live as long as this does
+    own_version: int  # of ``own`` as it was computed
+    edits: list[Edit]  # of views that share memory
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
@@ -122,6 +135,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
+        self.own_version, self.inputs = 0, view.root.inputs()
         views = view.root.views
         views.append(weakref.ref(self))
         if len(views) % 64 == 0:
@@ -175,9 +189,9 @@ def _mutates(argument: Any) -> bool:
 
 def copy_of(x: LazyLogits) -> LazyLogits:
     """Another tensor that stands for the same, unknown to autograd."""
-    copy = LazyLogits(x.view_of)
+    copy = LazyLogits(replace(x.view_of, graph=object()))
     copy.own = None if x.own is None else x.own.detach()
-    copy.changed, copy.lost, copy.edits = x.changed, x.lost, list(x.edits)
+    copy.own_version, copy.changed, copy.lost, copy.edits = x.own_version, x.changed, x.lost, list(x.edits)
     return copy
 
 
@@ -187,7 +201,8 @@ def computed(x: LazyLogits, operation: str) -> Tensor:
         raise RuntimeError(x.lost)
     if x.own is None:
         x.view_of.root.site.report.materialise(operation, x.view_of.bytes)
-        x.own = x.view_of.dense()
+        keep(x, x.view_of.dense())
+    assert x.own is not None
     return x.own.detach()
 
 
@@ -201,6 +216,11 @@ def changed_in_place(x: LazyLogits, operation: str) -> None:
             f"orpo_kernels: {operation} changed lazy logits in place, and this view of them, which was taken before, "
             "would have to follow: take the view after the change, or unfuse(model)"
         )
+
+
+def keep(x: LazyLogits, own: Tensor) -> None:
+    """Take values as those that the stand-in stands for."""
+    x.own, x.own_version, x.view_of.root.in_memory = own, own._version, True
 
 
 class LazyGrad(torch.Tensor):
@@ -302,6 +322,7 @@ class HeadNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
         ctx.save_for_backward(hidden, weight, bias)
+        view.root.node = weakref.ref(ctx)
         ctx.set_materialize_grads(False)
         ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
         return LazyLogits(view)
@@ -361,14 +382,14 @@ class DenseNode(torch.autograd.Function):
     """From a stand-in to its values."""
 
     @staticmethod
-    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+    def forward(ctx: Any, x: LazyLogits, own: Tensor | None = None) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view = x.view_of
-        return x.view_of.dense()
+        return x.view_of.dense() if own is None else own.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad))
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad)), None
 
 
 class ReduceNode(torch.autograd.Function):
@@ -378,7 +399,7 @@ class ReduceNode(torch.autograd.Function):
     def forward(ctx: Any, x: LazyLogits, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view, ctx.terms = x.view_of, terms
-        return value
+        return value.clone()  # an input returned as it is would be a view, which nobody may change in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
