@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, fresh, handles, in_place, is_vocab, made, sharing
+from orpo_kernels.integrations.lazy.registry import (
+    HANDLERS,
+    copied,
+    follow,
+    fresh,
+    handles,
+    in_place,
+    is_vocab,
+    made,
+    sharing,
+)
 from orpo_kernels.integrations.lazy.stand_in import Edit, LazyLogits, View
 
 
@@ -96,7 +106,7 @@ def _scale_in_place(x: Any, factor: Any) -> Any:
     each = factor.squeeze(-1).expand(rows.shape) if isinstance(factor, Tensor) and factor.numel() > 1 else float(factor)
     edit = Edit(rows, each, view.mapping.vocab, view.graph if x.requires_grad else None)
     for other in sharing(x):
-        other.edits.append(edit)
+        follow(other, edit)
     return in_place(x, view)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
@@ -45,7 +46,7 @@ class _LazyForward:
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # which autocast leaves alone
             to = torch.get_autocast_dtype(device)
             input, weight = input.to(to), weight.to(to)
             bias = None if bias is None else bias.to(to)
@@ -70,6 +71,8 @@ class _LazyForward:
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if tracing or torch.compiler.is_exporting() or type(input) not in (Tensor, nn.Parameter):
             return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return False  # vmap, torch.func and forward-mode derivatives
         if input.dim() < 2 or not input.is_floating_point() or input.is_meta or input.numel() == 0:
             return False
         return torch.is_grad_enabled() or (not torch.is_inference_mode_enabled() and input.shape[-2] > 1)
@@ -118,8 +121,8 @@ def fuse(
     ours = {id(module): forward for forward, module in _lazy_heads(model)}
     for module in found:
         forward = ours.get(id(module))
-        if forward is None:
-            forward = _LazyForward(module, Site(module, settings.backend, settings.workspace_bytes))
+        if forward is None:  # also the head that took an earlier one's place
+            forward = _LazyForward(module, Site(module, *settings))
             module.forward = forward  # type: ignore[method-assign,assignment]
             module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
         forward.site.report = report
@@ -143,7 +146,10 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def fusion_report(model: nn.Module) -> Report:
-    """What became of the model's lazy logits since ``fuse`` or the report's ``reset``."""
+    """What became of the model's lazy logits since ``fuse`` or the report's ``reset``.
+
+    A copy of a fused model has a report of its own; models that share a head share its report.
+    """
     heads = _lazy_heads(model)
     if heads:
         _reports[model] = heads[0][0].site.report

@@ -5,14 +5,23 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.registry import HANDLERS, handles, in_place, sharing
-from orpo_kernels.integrations.lazy.stand_in import DenseNode, LazyLogits, changed_in_place, copy_of, keep
+from orpo_kernels.integrations.lazy.registry import HANDLERS, follows_past, handles, of_rows, sharing
+from orpo_kernels.integrations.lazy.stand_in import (
+    ChangedNode,
+    DenseNode,
+    LazyLogits,
+    changed_in_place,
+    copy_of,
+    keep,
+)
 
 # Operations that only look at a tensor's metadata or its place on the graph.
 METADATA = frozenset(
@@ -25,9 +34,9 @@ METADATA = frozenset(
 )
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
+@torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation gives. Our own code is no part of what torch.compile compiles."""
+    """What an operation gives."""
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__", "__delete__"):
         return _property(func, name, args, kwargs)
@@ -36,7 +45,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     for x in lazies:
-        _settle(x)
+        with _outside_inference():
+            _settle(x)
         if x.lost is not None:
             raise RuntimeError(x.lost)
     if "input" in kwargs and not args:
@@ -46,17 +56,47 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _change(torch.Tensor.copy_, "out=", (out, call(func, args, kwargs)), {})
     if out is not None:
         kwargs = {**kwargs, "out": out}
+    if name in raised_by_autocast(lazies):
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, _in_float32, (args, kwargs))
     if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
-        result = HANDLERS[name](*args, **kwargs)
+        with _outside_inference():
+            result = HANDLERS[name](*args, **kwargs)
         if result is not NotImplemented:
             return result
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
-        return _change(func, name, args, kwargs)
+        with _outside_inference():
+            return _change(func, name, args, kwargs)
     if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
         with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
             return func(*args, **kwargs)
-    args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
+    with _outside_inference():
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     return func(*args, **kwargs)
+
+
+# Operations that autocast computes in float32. The lists are torch's own for each device type.
+RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "sum", "exp", "log"}
+
+
+def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
+    """Operations that autocast computes in float32 where it is on."""
+    device = lazies[0].device.type if lazies else "cpu"
+    return RAISED.get(device, frozenset()) if torch.is_autocast_enabled(device) else frozenset()
+
+
+def _in_float32(x: LazyLogits) -> Any:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
+    """What a stand-in keeps may be asked for again with gradient, where tensors of inference mode are useless."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def values(x: LazyLogits, operation: str) -> Tensor:
@@ -96,8 +136,18 @@ def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         LazyLogits, lambda y: own if y is x else values(y, name), (args[1:], kwargs)
     )
     func(own, *rest[0], **rest[1])
+    _take(x, own)
     changed_in_place(x, name)
     return None if name == "__setitem__" else x
+
+
+def _take(x: LazyLogits, own: Tensor) -> None:
+    """Values that were changed are what x stands for, and where autograd followed the change its gradient is theirs."""
+    x.changed = True
+    if not x.is_leaf or not x.requires_grad:
+        x.own = own
+        if x.requires_grad and own.requires_grad and torch.is_grad_enabled():
+            ChangedNode.apply(x, own)
 
 
 def _settle(x: LazyLogits) -> None:
@@ -112,40 +162,18 @@ def _settle(x: LazyLogits) -> None:
             "orpo_kernels: single logits of a token, taken as logits[..., token], were changed in place, which lazy "
             "logits cannot follow: write logits[..., token] = value, or unfuse(model)"
         )
-    edits, x.edits = x.edits, []
-    for edit in edits:
+    for edit in x.edits:
         view = x.view_of
-        inside = torch.isin(view.rows.contiguous(), edit.rows.contiguous())
-        if not inside.any():
-            continue
-        # Autograd takes no note of a change that was made past it, so that gradients do not see the factor.
-        past = x.requires_grad and edit.graph is not view.graph
-        whole = inside.all() and not isinstance(edit.factor, Tensor)
-        every = torch.ones(root.rows.shape, dtype=root.acc, device=edit.rows.device)
-        each = edit.factor.reshape(-1) if isinstance(edit.factor, Tensor) else torch.full_like(every[:1], edit.factor)
-        every[edit.rows.reshape(-1)] = each.to(root.acc)
-        after = None
-        if not past and edit.vocab >= view.mapping.vocab:
-            if view.kind != "logits":
-                after = view.after("scale", factor=view.factor * edit.factor) if whole else None
-            else:
-                mapping = view.mapping.times(edit.factor) if whole else view.mapping.times_rows(every)
-                after = None if mapping is None else view.after("scale", mapping=mapping)
-        if after is not None:
-            in_place(x, after)
-            continue
-        scale = every[view.rows].unsqueeze(-1).expand(*view.rows.shape, view.mapping.vocab)
+        past, scale = follows_past(x, edit), of_rows(view, edit)
+        scale = scale.unsqueeze(-1).expand(*view.rows.shape, view.mapping.vocab)
         scale = scale.where(torch.arange(view.mapping.vocab, device=scale.device) < edit.vocab, 1)
         scale = (scale if view.vocab_dim == -1 else scale.movedim(-1, view.vocab_dim)).to(x.dtype)
         with torch.set_grad_enabled(x.requires_grad):
             own = values(x, "scale in place")
-        if past:
-            with torch.no_grad():
+            with torch.set_grad_enabled(x.requires_grad and not past):
                 own.mul_(scale)
-        else:
-            with torch.set_grad_enabled(x.requires_grad):
-                x.own = own * scale
-        x.changed = True
+            _take(x, own)
+    x.edits = []
 
 
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -107,8 +107,13 @@ def _expected(x: LazyLogits, operation: str) -> Tensor:
 def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
     """What a stand-in has at ``rows``, ``ids`` of one shape, in its dtype."""
     view = x.view_of
-    if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < view.mapping.vocab:
-        raise IndexError(f"index out of range: {operation} on {view.mapping.vocab} tokens of lazy logits")
+    vocab = view.mapping.vocab
+    if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        error = RuntimeError if operation == "gather" else IndexError  # as torch has them
+        raise error(f"index {wrong} is out of bounds for dimension {x.dim() - 1} with size {vocab}")
+    if x.device.type != "cpu":  # where a negative index would count from the end
+        torch._assert_async(((ids >= 0) & (ids < vocab)).all())
     if view.kind == "logits":
         return _entries(x, operation, rows, ids).to(x.dtype)
     if view.kind in ("log_probs", "probs"):

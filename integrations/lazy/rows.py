@@ -35,7 +35,6 @@ class Site:
     def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
-        _sites[id(self)] = self
         self.moments: set[Any] = set()  # keys of maps whose moments were wanted: later passes form them in passing
 
     def select(self, hidden: Tensor) -> Backend:
@@ -51,9 +50,6 @@ class Site:
             raise error
         self.backend = "torch"
         self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
-
-
-_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
 
 class Inputs:
@@ -92,7 +88,6 @@ class Root:
         self.tables: dict[Any, Table] = {}
         self.views: list[weakref.ref[Tensor]] = []
         self.expired = False
-        self._before: Tensor | None = None  # the weight's fingerprint
         self.stored = 0  # bytes of E that wait for backward
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
         self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
@@ -108,7 +103,8 @@ class Root:
         """
         inputs, node = self._inputs(), None if self.node is None else self.node()
         if inputs is None and node is not None:
-            inputs = Inputs(*node.saved_tensors)  # which checks that nobody has changed them
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
             self._inputs = weakref.ref(inputs)
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
@@ -130,11 +126,10 @@ class Root:
             RuntimeError: they have changed since.
         """
         inputs = self.inputs()
-        weight, sharded = inputs.weight, _is_sharded(inputs.weight)
-        changed = _version(weight) != inputs.versions[1] and weight.data_ptr() == self.site.module.weight.data_ptr()
-        if self.expired:  # by a step of its own optimiser, or of one of which that is not known
-            changed = changed or sharded or self._before is None or not torch.equal(self._before, _fingerprint(weight))
-        if changed:
+        weight = inputs.weight
+        sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
+        changed = not sharded and _version(weight) != inputs.versions[1]
+        if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
@@ -144,7 +139,7 @@ class Root:
         live: Any = self.site.module.weight
         if hasattr(live, "full_tensor"):
             live = live.full_tensor()
-        if live.shape == weight.shape and not _is_sharded(live):
+        if live.shape == weight.shape and live.untyped_storage().nbytes():
             bias: Any = self.site.module.bias
             bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
             return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
@@ -152,15 +147,6 @@ class Root:
             "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
             "gathered again: compute it before, or unfuse(model)"
         )
-
-    def expire(self, known: bool) -> None:
-        """An optimiser is about to step: this head's, or one that may be, which shows in the weight afterwards."""
-        inputs = self._inputs()
-        if not self.expired and inputs is not None and not known and not _is_sharded(inputs.weight):
-            self._before = _fingerprint(inputs.weight)
-        elif known:
-            self._before = None
-        self.expired = True
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -222,12 +208,21 @@ class Root:
     def count(self, products: float) -> None:
         self.site.report.products += products / max(self.rows.numel(), 1)
 
-    def backward(self, terms: Sequence[Term], weight: Tensor, bias: Tensor | None) -> Grads:
+    def unpacked(self, node: Any) -> Inputs:
+        """The tensors of the call in its node's backward, where they are checked to be as they were."""
+        found = node.unpacked
+        if found is None:
+            found = Inputs(*node.saved_tensors)
+            if self._inputs() is None:
+                self._inputs = weakref.ref(found)
+        node.unpacked = None
+        return found
+
+    def backward(self, terms: Sequence[Term], inputs: Inputs) -> Grads:
         """The gradients of hidden, weight and bias for the sum of the terms."""
         from orpo_kernels.integrations.lazy.products import Dense, Sparse
 
-        inputs = self.inputs()  # kept until the products are done  # noqa: F841
-        weights = weight.detach(), None if bias is None else bias.detach()
+        weights = inputs.weight, inputs.bias
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
@@ -368,30 +363,16 @@ class Table:
         root.site.report.plans[plan.name] = str(plan)
 
 
-def _is_sharded(weight: Tensor) -> bool:
-    """Whether a wrapper has taken a weight's memory back after the head's forward."""
-    return weight.untyped_storage().nbytes() == 0 and weight.numel() > 0
-
-
-def _fingerprint(weight: Tensor) -> Tensor:
-    """A number for each row of a weight, that an optimiser's step changes where it changes the row."""
-    return weight.sum(-1, dtype=acc_dtype(weight.dtype))
-
-
 def expire(optimiser: Any, *_: Any) -> None:
     """An optimiser is about to step: what is not computed yet of the heads it trains never will be.
 
-    An optimiser may train copies of the weights, in another precision or sharded: the weights themselves tell. One that
-    has a fused head's own weight does not, and leaves the other heads alone.
+    An optimiser may train copies of the weights, flat, sharded or in another precision, which are no plain parameters.
     """
-    trained = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-
-    def is_trained(module: nn.Module) -> bool:
-        return any(id(parameter) in trained for parameter in module.parameters())
-
-    sites = [site for each in _sites.valuerefs() if (site := each()) is not None]
-    knows = any(is_trained(site.module) for site in sites)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    copies = any(type(p) is not nn.Parameter or hasattr(p, "_is_flat_param") for p in parameters)
+    trained = {id(parameter) for parameter in parameters}
     for each in _roots.valuerefs():
         root = each()
-        if root is not None and (is_trained(root.site.module) if knows else root.trainable):
-            root.expire(knows)
+        if root is not None and root.trainable:
+            own = any(id(parameter) in trained for parameter in root.site.module.parameters())
+            root.expired = root.expired or own or copies

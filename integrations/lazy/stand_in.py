@@ -199,6 +199,11 @@ def computed(x: LazyLogits, operation: str) -> Tensor:
     """The values of a stand-in, unknown to autograd, kept as long as it lives."""
     if x.lost is not None:
         raise RuntimeError(x.lost)
+    if x.edits:
+        raise RuntimeError(
+            f"orpo_kernels: {operation} asks for lazy logits that were changed in place through another view, which it "
+            "cannot follow: use that view, or unfuse(model)"
+        )
     if x.own is None:
         x.view_of.root.site.report.materialise(operation, x.view_of.bytes)
         keep(x, x.view_of.dense())
@@ -228,13 +233,14 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
+    inputs: Inputs  # of the root, which live as long as this does
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
-        self.view_of, self.terms = view, terms
+        self.view_of, self.terms, self.inputs = view, terms, view.root.inputs()
         return self
 
     def __init__(self, view: View, terms: Terms) -> None:
@@ -274,11 +280,19 @@ class LazyGrad(torch.Tensor):
                     return LazyGrad(first.view_of, terms)
                 first.terms = terms
                 return first
+        if name == "isnan":  # of every entry where it is of one, as checks of anomalies want to know
+            found = torch.stack([term.any_nan() for term in first.terms.values()]).any()
+            return found.expand(first.shape)
         if any(_mutates(argument) for argument in func._schema.arguments) and isinstance(first, LazyGrad):
             values = torch.utils._pytree.tree_map_only(LazyGrad, dense_grad, (args, kwargs))
             result = func(*values[0], **values[1])
             first.terms = first.view_of.terms_of_dense(values[0][0])
             return first if isinstance(result, Tensor) else result
+        views = any(result.alias_info is not None for result in func._schema.returns)
+        if views and isinstance(first, LazyGrad) and first.view_of.kind == "logits":
+            whole = dense_grad(first)  # through a view of which the gradient may be changed in place
+            first.terms = first.view_of.terms_of_dense(whole)
+            return func(whole, *args[1:], **kwargs)
         values = torch.utils._pytree.tree_map_only(LazyGrad, dense_grad, (args, kwargs))
         return func(*values[0], **values[1])
 
@@ -322,7 +336,7 @@ class HeadNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
         ctx.save_for_backward(hidden, weight, bias)
-        view.root.node = weakref.ref(ctx)
+        view.root.node, ctx.unpacked = weakref.ref(ctx), None
         ctx.set_materialize_grads(False)
         ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
         return LazyLogits(view)
@@ -332,9 +346,9 @@ class HeadNode(torch.autograd.Function):
         refuse_second_derivatives()
         if grad is None:
             return None, None, None, None
-        _hidden, weight, bias = ctx.saved_tensors  # which checks that nobody has changed them
-        terms = _terms(grad, ctx.view)
-        grads = ctx.view.root.backward(list(terms.values()), weight, bias)
+        inputs = ctx.view.root.unpacked(ctx)
+        weight, bias = inputs.weight, inputs.bias
+        grads = ctx.view.root.backward(list(_terms(grad, ctx.view).values()), inputs)
         hidden = None if grads.hidden is None else grads.hidden.to(ctx.hidden_dtype).view(ctx.hidden_shape)
         return (
             hidden,
@@ -355,6 +369,7 @@ class ViewNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
         if grad is None:
             return None, None
         return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
@@ -373,9 +388,25 @@ class InPlaceNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
         if grad is None:
             return None, None
         return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
+
+
+class ChangedNode(torch.autograd.Function):
+    """A stand-in whose values were changed: from now on its gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits, own: Tensor) -> LazyLogits:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        refuse_second_derivatives()
+        return None, grad
 
 
 class DenseNode(torch.autograd.Function):
@@ -389,6 +420,7 @@ class DenseNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
         return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad)), None
 
 
@@ -403,6 +435,7 @@ class ReduceNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        refuse_second_derivatives()
         return None if grad is None else LazyGrad(ctx.view, ctx.terms(grad)), None, None
 
 

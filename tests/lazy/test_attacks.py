@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from orpo_kernels.integrations import fuse
+from orpo_kernels.integrations import fuse, fusion_report, unfuse
 from orpo_kernels.integrations.lazy import rows
 
 V, H = 13, 6
@@ -72,11 +73,6 @@ STEPS: list[Any] = []
 def step(of: Step) -> Step:
     STEPS.append(pytest.param(of, id=of.__name__))
     return of
-
-
-@pytest.mark.parametrize("of", STEPS)
-def test_a_step_is_as_stock(of: Step) -> None:
-    assert_as_stock(of)
 
 
 # Changes in place, of logits, of their views, and past autograd.
@@ -330,3 +326,203 @@ def test_logits_of_hidden_states_that_were_changed_in_place_are_refused() -> Non
         hidden.zero_()
         with pytest.raises(RuntimeError, match="hidden states"):
             logits.logsumexp(-1)
+
+
+def test_metrics_between_backward_and_the_optimisers_step_are_as_stock() -> None:
+    @assert_as_stock
+    def metrics(model: Tiny, x: Tensor, y: Tensor) -> list[Tensor]:
+        logits = model(x)
+        logps(logits, y).mean().backward()
+        return [logits.argmax(-1), logits.logsumexp(-1)]
+
+
+def test_an_optimiser_of_a_plain_module_leaves_logits_alone() -> None:
+    @assert_as_stock
+    def adversary(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+        judge = nn.Linear(H, 1, dtype=torch.float64)
+        optimiser = torch.optim.SGD(judge.parameters(), lr=0.1)
+        logits = model(x)
+        judge(model.hidden(x).detach()).sum().backward()
+        optimiser.step()
+        loss = logps(logits, y).mean()
+        loss.backward()
+        return loss
+
+
+# Autograd: hooks, transforms, modes, functions of others.
+
+
+@step
+def a_hook_changes_a_gradient_in_place(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    def halved_but_for_the_first(grad: Tensor) -> None:
+        grad.mul_(0.5)
+        grad[0] = 0
+
+    logits = model(x)
+    logits.register_hook(halved_but_for_the_first)
+    loss = logps(logits[:, :-1], y[:, :-1]).mean()
+    loss.backward()
+    return loss
+
+
+@step
+def a_hook_under_checkpoint(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    def of_hidden(hidden: Tensor) -> Tensor:
+        logits = model.head(hidden)
+        logits.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+        return logps(logits, y).mean()
+
+    loss = checkpoint(of_hidden, model.hidden(x), use_reentrant=False)
+    loss.backward()
+    return loss
+
+
+@step
+def the_gradient_of_logits(model: Tiny, x: Tensor, y: Tensor) -> list[Tensor]:
+    logits = model(x)
+    loss = logps(logits, y).mean()
+    (grad,) = torch.autograd.grad(loss, [logits], retain_graph=True)
+    loss.backward()
+    return [grad, grad.norm()]
+
+
+@step
+def anomalies_detected(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss = logps(model(x), y).mean()
+        loss.backward()
+    return loss
+
+
+@step
+def metrics_in_inference_mode(model: Tiny, x: Tensor, y: Tensor) -> list[Tensor]:
+    logits = model(x)
+    with torch.inference_mode():
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        metrics = [entropy, logits.argmax(-1), logits.sort(-1).values]
+    loss = logps(logits, y).mean()
+    loss.backward()
+    return [loss, *metrics]
+
+
+@step
+def per_sample_gradients(model: Tiny, x: Tensor, y: Tensor) -> Any:
+    def loss(parameters: Any, ids: Tensor, labels: Tensor) -> Tensor:
+        return logps(torch.func.functional_call(model, parameters, (ids[None],)), labels[None]).mean()
+
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+
+
+@step
+def a_forward_mode_derivative(model: Tiny, x: Tensor, y: Tensor) -> Any:
+    hidden = model.hidden(x).detach()
+    return torch.func.jvp(lambda hidden: logps(model.head(hidden), y), (hidden,), (torch.ones_like(hidden),))
+
+
+class OwnLoss(torch.autograd.Function):
+    """Cross-entropy whose gradient overwrites the logits, as some libraries have it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, ids)
+        return -logps(logits, ids).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, ids = ctx.saved_tensors
+        for i in range(logits.shape[0]):
+            logits[i] = logits[i].softmax(-1) * grad
+        return logits - nn.functional.one_hot(ids, V) * grad, None
+
+
+@step
+def a_function_of_others_on_a_scaled_view(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    logits = model(x)
+    some = logits[:, :-1]
+    logits.div_(2.0)
+    loss = OwnLoss.apply(some, y[:, :-1])
+    loss.backward()
+    return loss
+
+
+@step
+def a_function_of_others_on_changed_logits(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    logits = model(x)
+    logits.mul_(TOKENS)
+    loss = OwnLoss.apply(logits, y)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("of", STEPS)
+def test_a_step_is_as_stock(of: Step) -> None:
+    assert_as_stock(of)
+
+
+def test_second_derivatives_of_logits_are_refused() -> None:
+    x, y = ids()
+    logits = fuse(Tiny())(x)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(logps(logits, y).mean(), [logits], create_graph=True)
+
+
+@pytest.mark.parametrize("label", [V, -1, -100])
+def test_labels_out_of_range_are_refused_as_stock(label: int) -> None:
+    x, y = ids()
+    y[1, 2] = label
+    for model in (Tiny(), fuse(Tiny())):
+        with pytest.raises(RuntimeError, match=f"index {label} is out of bounds for dimension 2 with size {V}"):
+            logps(model(x), y)
+
+
+def test_a_compiled_loss_keeps_its_gradient() -> None:
+    x, _ = ids()
+    model = fuse(Tiny())
+    purity = torch.compile(lambda logits: logits.softmax(-1).pow(2).sum(-1) + logits.logsumexp(-1), backend="eager")
+    purity(model(x)).sum().backward()
+    stock = Tiny()
+    stock.load_state_dict(model.state_dict())
+    logits = stock(x)
+    (logits.softmax(-1).pow(2).sum(-1) + logits.logsumexp(-1)).sum().backward()
+    torch.testing.assert_close(model.head.weight.grad, stock.head.weight.grad)
+
+
+# What becomes of a model after fuse.
+
+
+def test_a_head_that_took_anothers_place_is_fused_by_fuse() -> None:
+    model = fuse(Tiny())
+    model.head = nn.Linear(H, V, bias=False, dtype=torch.float64)
+    assert type(model(ids()[0])) is Tensor
+    assert type(fuse(model)(ids()[0])) is not Tensor
+
+
+def test_a_copy_of_a_fused_model_reports_and_is_unfused_by_itself() -> None:
+    model = fuse(Tiny())
+    twin = copy.deepcopy(model)
+    twin(ids()[0])
+    assert fusion_report(twin).fused
+    assert (fusion_report(twin).calls, fusion_report(model).calls) == (1, 0)
+    assert type(unfuse(twin)(ids()[0])) is Tensor
+    assert type(model(ids()[0])) is not Tensor
+
+
+def test_models_that_share_a_head_share_its_report() -> None:
+    model, other = fuse(Tiny()), Tiny()
+    other.head = model.head
+    fuse(other)(ids()[0])
+    assert fusion_report(model).calls == 1
+    assert type(unfuse(other)(ids()[0])) is Tensor
+    assert not fusion_report(model).fused
+
+
+def test_a_loss_under_autocast_has_the_dtype_of_stock() -> None:
+    x, y = ids()
+    for model in (Tiny(dtype=torch.float32), fuse(Tiny(dtype=torch.float32))):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(x)
+            assert logits.dtype == logits.logsumexp(-1).dtype == torch.bfloat16
+            assert nn.functional.cross_entropy(logits.view(-1, V), y.view(-1)).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fuse(Tiny())(x).dtype == torch.float64  # which autocast leaves alone
