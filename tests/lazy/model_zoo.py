@@ -14,16 +14,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto as auto
 
 VOCAB, FEATURES, HEADS, LENGTH = 96, 32, 4, 8
-LARGEST = 5_000_000  # parameters; a class with more has a size that the tables below do not know
-NAMES = tuple(
-    sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()})
-)
+LARGEST = 25_000_000  # parameters; a class with more has a size that the tables below do not know
+# Class to the list of transformers it stands in, the first of several.
+KINDS: dict[str, str] = {
+    name: kind
+    for kind, names in (
+        ("image and text", auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+        ("image and text", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("text to text", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    )
+    for name in names.values()
+}
+NAMES = tuple(sorted(KINDS))
 
 _SAME: tuple[tuple[Any, str], ...] = (
     (VOCAB, "vocab_size decoder_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size t2u_vocab_size"),
@@ -31,7 +37,7 @@ _SAME: tuple[tuple[Any, str], ...] = (
     (FEATURES, "hidden_size d_model n_embd embedding_size emb_dim word_embed_proj_dim embedding_dim embed_dim"),
     (FEATURES, "input_embedding_size output_embedding_size lru_width backbone_hidden_size output_dim ple_embed_dim"),
     (FEATURES, "attention_hidden_size pronunciation_embed_dim shape_embed_dim hc_lowrank router_hidden_size"),
-    (FEATURES, "hidden_size_global hidden_dim"),
+    (FEATURES, "hidden_size_global hidden_dim out_hidden_size text_hidden_size projector_hidden_size"),
     (48, "intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim n_inner d_inner"),
     (48, "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size feed_forward_size"),
     (48, "expert_ffn_hidden_size dense_intermediate_size intermediate_size_mlp moe_shared_expert_intermediate_size"),
@@ -73,6 +79,7 @@ _SHARED_BLOCK: dict[str, Any] = {
 # What a class demands beside those: fields of its configuration, dotted for one inside another.
 SPECIAL: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": VOCAB - 1}},
     "CohereCompassForCausalLM": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "DbrxForCausalLM": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
@@ -82,19 +89,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2}},
     },
+    "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": VOCAB - 1}},
     "Gemma3nForCausalLM": {"num_kv_shared_layers": 0},
     "GitForCausalLM": {"vision_config.image_size": 32, "vision_config.patch_size": 16},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"]},
+    "Granite4VisionForConditionalGeneration": {"downsample_rate": "1/2", "spatial_target_layers": [0, 1, 0, 1]},
     "GraniteSpeechForConditionalGeneration": {"projector_config.encoder_hidden_size": FEATURES},
     "GraniteSpeechPlusForConditionalGeneration": {"projector_config.encoder_hidden_size": FEATURES},
     "HrmTextForCausalLM": {"num_hidden_layers": 16},  # every pass through its two stacks counts
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
     "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "KyutaiSpeechToTextForConditionalGeneration": {"codec_config.upsample_groups": FEATURES},
     "LEDForConditionalGeneration": {"attention_window": 4},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
     "Mamba2ForCausalLM": {"num_heads": 8},
     "MinistralForCausalLM": {"head_dim": 8},
+    "Mistral4ForCausalLM": {"head_dim": 16},
+    "MuseSparkForConditionalGeneration": {"audio_config.hidden_sizes": [FEATURES] * 4},
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "Nemotron3_5TranscribeForConditionalGeneration": {
@@ -109,6 +121,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {"vision_start_token_id": VOCAB - 1},
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": VOCAB - 1},
     "ReformerModelWithLMHead": {
         "is_decoder": True,
         "axial_pos_embds": False,
@@ -118,6 +132,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
     },
+    "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 4},
     "VibeVoiceAsrForConditionalGeneration": {
         f"{part}_tokenizer_encoder_config.{name}": value
         for part in ("acoustic", "semantic")
@@ -128,6 +143,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Zamba2ForCausalLM": {**_SHARED_BLOCK, "kv_channels": 16},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
+# Classes whose text configuration demands what the causal class of the family does.
+_TEXTS = {
+    "CohereCompassForConditionalGeneration": "CohereCompassForCausalLM",
+    "Dots3NoteForConditionalGeneration": "Dots3NoteForCausalLM",
+    "HunYuanVLForConditionalGeneration": "HunYuanDenseV1ForCausalLM",
+    "Qwen4ExpForConditionalGeneration": "Qwen4ExpForCausalLM",
+}
+for _name, _family in _TEXTS.items():
+    SPECIAL[_name] = {f"text_config.{key}": value for key, value in SPECIAL[_family].items()}
 TRAINS_IN_TRAINING_MODE = ("ReformerModelWithLMHead",)  # it refuses gradients otherwise; its dropouts are zero above
 # What cannot be run on tokens alone.
 NEEDS = {
@@ -158,6 +182,8 @@ def _shrunk(config: PreTrainedConfig, special: dict[str, Any]) -> dict[str, Any]
             chosen[key] = {**_shrunk(inner, own), "model_type": inner.model_type}
         elif key in SIZES:
             chosen[key] = _small(key, value)
+        elif key == "rope_parameters" and "mrope_section" in (value or {}):
+            chosen[key] = {**value, "mrope_section": [2, 1, 1]}
         elif key.endswith(("_token_id", "_token_index")) and isinstance(value, int | list):
             chosen[key] = _TOKENS.get(key, VOCAB - 1)
     for counter in ("num_hidden_layers", "num_layers", "n_layer"):
@@ -234,7 +260,8 @@ def build(name: str) -> Any:
 def _spread_logits(model: Any) -> None:
     """Weights, biases and offsets that show when one of them is left out."""
     head = model.get_output_embeddings()
-    for tensor in (*head.parameters(), *(b for name, b in model.named_buffers() if name.endswith("final_logits_bias"))):
+    own = () if head is None else head.parameters()
+    for tensor in (*own, *(b for name, b in model.named_buffers() if name.endswith("final_logits_bias"))):
         tensor.normal_(0, 0.3)
 
 
