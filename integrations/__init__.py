@@ -1,6 +1,7 @@
-"""Patches for trainers: each in a module of its own, all known here.
+"""Ways into scripts as they are: any model's head made lazy (``lazy``), and patches for trainers.
 
-A new trainer is one module over ``trainer.py`` with a ``PATCH``, and one line in ``TRAINERS``.
+A patch has a module of its own, and all are known here: a new trainer is one module over ``trainer.py`` with a
+``PATCH``, and one line in ``TRAINERS``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,27 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["TRAINERS", "patch_trl", "patched_trl", "unpatch_trl"]
+__all__ = [
+    "TRAINERS",
+    "fuse",
+    "fusion_report",
+    "patch_trl",
+    "patched_trl",
+    "unfuse",
+    "unpatch_trl",
+]
+
+if TYPE_CHECKING:
+    from orpo_kernels.integrations.lazy.heads import fuse, fusion_report, unfuse
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is asked for: a launcher must not import it before its script does."""
+    if name in ("fuse", "fusion_report", "unfuse"):
+        return getattr(importlib.import_module("orpo_kernels.integrations.lazy.heads"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)

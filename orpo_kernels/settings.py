@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,6 +34,17 @@ class Head(NamedTuple):
     def cap(self, logits: Tensor) -> Tensor:
         """``softcap * tanh(logits / softcap)``, or the logits themselves without a softcap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logits(self, hidden: Tensor, tokens: slice = slice(None)) -> Tensor:
+        """Capped logits ``[n, tokens]`` of ``hidden [n, H]``, multiplied in its dtype and then in float32 or wider.
+
+        float16 is multiplied in float32, as its logits may pass 65,504.
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        product = dtype if hidden.dtype == torch.float16 else hidden.dtype
+        bias = None if self.bias is None else self.bias[tokens].to(product)
+        raw = F.linear(hidden.to(product), self.weight[tokens].to(product), bias).to(dtype)
+        return self.cap(raw if self.logit_scale == 1 else raw * self.logit_scale)
 
     def slope(self, capped: Tensor) -> Tensor | float:
         """``d cap(z) / dz`` at a capped logit: ``1 - (capped / softcap)^2``."""

@@ -21,6 +21,8 @@ from orpo_kernels.targets import ANSWER, NLL, Columns, Pairs
 # Rows whose S passes this, or is no number, take their largest logit as shift instead of the label's: they overflowed.
 # exp(60) times any vocabulary and any weight still fits a float32, which exp(80) would not.
 OVERFLOW_ABOVE = math.exp(60.0)
+# Rows and tokens of a tile of logits where they are formed as they are: 16 MiB in float32.
+LOGITS_TILE = (1024, 4096)
 
 
 def slices(size: int, step: int) -> Iterator[slice]:
@@ -58,6 +60,47 @@ class Part(NamedTuple):
     shared_rows: bool = False  # a row may carry two targets, of this part or of another
     logit_means: bool = False  # whether ``Found.logit_means`` is wanted
     mean_weight: Tensor | None = None  # [H], the head's mean row: without a softcap it gives the mean logits
+    moments: bool = False  # whether ``Found.moments`` is wanted, of a backend that forms them in the same pass
+
+
+class Moments(NamedTuple):
+    """Of rows of capped logits ``z [V]``, ``[n]`` each, accumulation dtype."""
+
+    expected: Tensor  # sum_v p_v z_v with p = softmax(z): the entropy is the log-sum-exp less it
+    mean: Tensor  # mean over V
+    argmax: Tensor  # int64, where the largest logit is; the first of equal ones
+
+
+class MomentSums:
+    """What ``Moments`` of n rows are made of, tile by tile of logits; sums in the accumulation dtype.
+
+    The logits may stand under any ``shift [n]``. Exponentials stand under the largest logit so far.
+    """
+
+    def __init__(self, shift: Tensor) -> None:
+        self.shift = shift
+        self.sums = shift.new_zeros(2, shift.shape[0])  # of exp(u - largest) and exp(u - largest) * u; u = z - shift
+        self.total = torch.zeros_like(shift)
+        self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min)
+        self.argmax = torch.zeros_like(shift, dtype=torch.int64)
+
+    def add(self, first: int, shifted: Tensor) -> None:
+        """Take ``shifted [s, n]``, the logits of tokens ``first`` to ``first + s`` less the shift."""
+        shifted = shifted.to(self.shift.dtype)
+        self.total += shifted.sum(0)
+        # A masked token, whose logit is -inf, has no part in the expectation.
+        shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min)
+        largest, place = shifted.max(0)
+        self.argmax = torch.where(largest > self.largest, place + first, self.argmax)
+        largest = torch.maximum(largest, self.largest)
+        exps = (shifted - largest).exp_()
+        self.sums *= (self.largest - largest).exp()
+        self.sums += torch.stack([exps.sum(0), exps.mul_(shifted).sum(0)])
+        self.largest = largest
+
+    def moments(self, vocab: int) -> Moments:
+        exps, weighted = self.sums.unbind()
+        return Moments(self.shift + weighted / exps, self.shift + self.total / vocab, self.argmax)
 
 
 class Found(NamedTuple):
@@ -66,6 +109,7 @@ class Found(NamedTuple):
     logps: Tensor  # [n] nats, accumulation dtype
     logit_means: Tensor | None  # [n], mean over V of a row's capped logits; without a softcap, less the bias's
     state: Any  # what the backend's own backward needs, E among it where it is stored
+    moments: Moments | None = None
 
 
 class Cost(NamedTuple):
@@ -173,6 +217,18 @@ class Backend(ABC):
     def mean_weight(self, weight: Tensor) -> Tensor:
         """Mean over the vocabulary of ``weight [V, H]``, ``[H]`` in the accumulation dtype."""
         return weight.mean(0, dtype=acc_dtype(weight.dtype))
+
+    def moments(self, part: Part) -> Moments:
+        """``Moments`` of the part's rows, by a product of their own: what ``forward`` did not form in passing."""
+        head, acc = part.head, acc_dtype(part.hidden.dtype)
+        found = []
+        for of in slices(part.rows.numel(), LOGITS_TILE[0]):
+            hidden = part.hidden[part.rows[of]]
+            sums = MomentSums(hidden.new_zeros(hidden.shape[0], dtype=acc))
+            for tokens in slices(head.vocab, LOGITS_TILE[1]):
+                sums.add(tokens.start, head.logits(hidden, tokens).T)
+            found.append(sums.moments(head.vocab))
+        return Moments(*map(torch.cat, zip(*found, strict=True)))
 
     def scale(self, values: Tensor, by: Tensor) -> None:
         """``values *= by`` in place for a scalar ``by``, at no cost where that is 1, if the host can know."""

@@ -35,8 +35,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orpo_kernels.backends import OVERFLOW_ABOVE, Backend, Cost, Found, Grads, Part, acc_dtype, finalize, slices
-from orpo_kernels.backends.torch_tiles import Tiles, add_hidden_product, multiply, row_max, sum_rows, tile_rows
+from orpo_kernels.backends import (
+    OVERFLOW_ABOVE,
+    Backend,
+    Cost,
+    Found,
+    Grads,
+    Moments,
+    MomentSums,
+    Part,
+    acc_dtype,
+    finalize,
+    slices,
+)
+from orpo_kernels.backends.torch_tiles import (
+    Tiles,
+    add_hidden_product,
+    multiply,
+    row_max,
+    sum_rows,
+    tile_rows,
+)
 from orpo_kernels.settings import Head
 
 # Where E is stored, hidden's product takes a run of the head of this many bytes at once, which is also the size of its
@@ -114,8 +133,9 @@ class TorchBackend(Backend):
             parts.append(found)
             del found, state  # and d logp / d hidden, before the next chunk's is allocated
         joined = (_cat(columns) for columns in zip(*(found.state for found in parts), strict=True))
-        logps, means, _ = zip(*parts, strict=True)
-        return Found(torch.cat(logps), _cat(means), _State(*joined))  # type: ignore[arg-type]
+        logps, means, _, moments = zip(*parts, strict=True)
+        joined_moments = Moments(*map(torch.cat, zip(*moments, strict=True))) if part.moments else None
+        return Found(torch.cat(logps), _cat(means), _State(*joined), joined_moments)  # type: ignore[arg-type]
 
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
         state: _State = found.state
@@ -142,9 +162,11 @@ class TorchBackend(Backend):
         exp_logits = _take_exp_logits(vocab, n, hidden) if store else None
 
         from_tiles = part.logit_means and head.softcap is not None
+        moments = MomentSums(shift) if part.moments else None
         sum_exp, product_t, sums = _stream(
-            Tiles(hidden, ids, head, shift), exp_logits, product=product, logit_sum=from_tiles
+            Tiles(hidden, ids, head, shift), exp_logits, moments, product=product, logit_sum=from_tiles
         )
+        found_moments = None if moments is None else moments.moments(vocab)
         means = None if sums is None else sums / vocab
         if part.logit_means and part.mean_weight is not None:
             means = torch.cat([hidden[of].to(acc) @ part.mean_weight for of in slices(n, 1024)] or [label])
@@ -157,7 +179,12 @@ class TorchBackend(Backend):
             some = hidden[again].to(acc)
             shift[again] = row_max(some, head)
             columns = some.new_empty((vocab + 1, again.numel())) if exp_logits is not None else None
-            redone = _stream(Tiles(some, ids[again], head, shift[again]), columns, product=product, logit_sum=False)
+            moments = MomentSums(shift[again]) if part.moments else None
+            tiles = Tiles(some, ids[again], head, shift[again])
+            redone = _stream(tiles, columns, moments, product=product, logit_sum=False)
+            if found_moments is not None and moments is not None:
+                for every, value in zip(found_moments, moments.moments(vocab), strict=True):
+                    every[again] = value
             sum_exp[again] = redone[0]
             if product_t is not None and redone[1] is not None:
                 product_t[:, again] = redone[1]
@@ -174,7 +201,7 @@ class TorchBackend(Backend):
             for of in slices(n, 1024):
                 label_term = entry[of, None] * head.weight[ids[of]].to(acc)
                 waiting[of] = (product_t[:, of].T + label_term) * (-head.logit_scale * inv_denom[of, None])
-        return Found(logps, means, _State(shift, inv_denom, entry, overflowed, waiting, exp_logits))
+        return Found(logps, means, _State(shift, inv_denom, entry, overflowed, waiting, exp_logits), found_moments)
 
     def _grad_hidden(self, part: Part, waiting: Tensor | None, g: Tensor, out: Tensor) -> None:
         """``g * d logp / d hidden``, from where it waits: ``out`` itself, or ``waiting [n, H]``."""
@@ -302,7 +329,7 @@ def _representable(logit: Tensor, head: Head, compute: torch.dtype) -> Tensor:
 
 
 def _stream(
-    tiles: Tiles, exp_logits: Tensor | None, *, product: bool, logit_sum: bool
+    tiles: Tiles, exp_logits: Tensor | None, moments: MomentSums | None, *, product: bool, logit_sum: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One pass over the vocabulary: S ``[n]``, the sum over v != y of ``E_v W_v`` ``[H, n]``, logit sums ``[n]``."""
     hidden, head, acc = tiles.hidden, tiles.head, tiles.shift.dtype
@@ -319,7 +346,7 @@ def _stream(
     for tokens in slices(vocab, step):
         size = tokens.stop - tokens.start
         room = scratch[: size + 1] if exp_logits is None else exp_logits[tokens.start : tokens.stop + 1]
-        tile = tiles.exp(tokens, room, sum_exp, sums)
+        tile = tiles.exp(tokens, room, sum_exp, sums, moments)
         if product_t is not None and (tokens.stop - done >= several or tokens.stop == vocab):
             group = slice(done, tokens.stop)
             add_hidden_product(product_t, head.weight[group], tile if exp_logits is None else exp_logits[group])

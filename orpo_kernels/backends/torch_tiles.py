@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.backends import slices
+from orpo_kernels.backends import MomentSums, slices
 from orpo_kernels.settings import Head
 
 # A tile of this many bytes stays in the last-level cache of current servers through its three or four passes.
@@ -51,7 +51,12 @@ class Tiles:
         return tile_rows(self.hidden.shape[0], of.element_size())
 
     def exp(
-        self, tokens: slice, room: Tensor, sum_exp: Tensor | None = None, logit_sum: Tensor | None = None
+        self,
+        tokens: slice,
+        room: Tensor,
+        sum_exp: Tensor | None = None,
+        logit_sum: Tensor | None = None,
+        moments: MomentSums | None = None,
     ) -> Tensor:
         """E of the tokens ``[s, n]``, in ``room [s + 1, n]``; their S is added to ``sum_exp``, if the entry is 0.
 
@@ -65,6 +70,8 @@ class Tiles:
         tile, labels = room[:size], (places, self._columns)
         logits = logits_of(self.hidden, self.head, tokens, self._bias)
         if softcap is None:
+            if moments is not None:
+                moments.add(tokens.start, logits)
             torch.exp(logits, out=tile)
             room.index_put_(labels, self._entries)
             if sum_exp is not None:
@@ -73,7 +80,10 @@ class Tiles:
         bent = logits.to(self.shift.dtype).div_(softcap).tanh_()
         if logit_sum is not None:
             logit_sum.add_(bent.sum(0), alpha=softcap)
-        plain = torch.exp(bent * softcap - self.shift)
+        shifted = bent * softcap - self.shift
+        if moments is not None:
+            moments.add(tokens.start, shifted)
+        plain = shifted.exp_()
         if sum_exp is not None:
             # Summed with the label's own exp(0 or less) and without it afterwards would cancel as p -> 1.
             sum_exp += F.pad(plain, (0, 0, 0, 1)).index_put_(labels, self._zero)[:size].sum(0)

@@ -1,0 +1,476 @@
+"""Rows of logits that are not there: their statistics, each computed once, and the one backward product of them all.
+
+A ``Root`` stands behind every tensor that one call of a head gave rise to. Consumers ask it for log-probabilities,
+log-sum-exps, means and expectations of some rows under some ``Map``; the first to ask for a row pays a product for it,
+and what comes out is kept, ``[rows]`` a number. Gradients come back as ``gradient.Term``: coefficients of softmax(z) and
+of single entries. Only then, when all consumers have said theirs, does the head multiply backward, once, the rows whose
+coefficients are not all zero.
+
+Products of the head's size: one without gradients, two with the head frozen, three where E of all rows fits the
+workspace, else four. Terms that are no softmax and no entries (an entropy's gradient, a dense gradient, several
+temperatures) take the same number by tiles of logits as they are, in plain torch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from orpo_kernels.backends import Backend, Cost, Found, Grads, Moments, Part, acc_dtype, grad_dtype, select, slices
+from orpo_kernels.integrations.lazy.gradient import Map, Term
+from orpo_kernels.integrations.lazy.report import Report
+from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan, choose
+from orpo_kernels.settings import Head, Needs
+from orpo_kernels.targets import Sizes
+
+SPARSE_ROWS = 1024  # rows of the head gathered at once
+SMALLEST_GROUP = 64  # rows whose E is held in backward, however little the workspace is
+
+
+class Site:
+    """A fused head: what outlives its calls."""
+
+    def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
+        self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
+        self.report = Report()
+        self.moments: set[Any] = set()  # keys of maps whose moments were wanted: later passes form them in passing
+
+    def select(self, hidden: Tensor) -> Backend:
+        return select(self.backend, hidden.device, hidden.dtype)
+
+    def fall_back(self, error: Exception) -> None:
+        """Go on with the torch backend where the one that suits the device failed.
+
+        Raises:
+            Exception: the error, where no other backend may be taken.
+        """
+        if self.backend != "auto" or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        self.backend = "torch"
+        self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
+
+
+_roots: weakref.WeakSet[Root] = weakref.WeakSet()
+
+
+class Root:
+    """One call of a head on ``hidden [rows, H]``; its tensors unknown to autograd."""
+
+    def __init__(self, site: Site, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> None:
+        self.site, self.hidden, self.needs = site, hidden.detach(), needs
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        self._version = self._weight._version if not weight.is_inference() else None
+        self.rows = torch.arange(hidden.shape[0], device=hidden.device)
+        self.acc = acc_dtype(hidden.dtype)
+        self.hints: Tensor | None = None  # [rows], a label that was asked for: the best shift of its row
+        self.tables: dict[Any, Table] = {}
+        self.views: list[weakref.ref[Tensor]] = []
+        self.expired = False
+        self.stored = 0  # bytes of E that wait for backward
+        self._mean_weight: Tensor | None = None
+        self.identity = Map(weight.shape[0], biased=bias is not None)
+        _roots.add(self)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The head's tensors of the call, gathered again where a wrapper has taken their memory back.
+
+        Raises:
+            RuntimeError: they have changed since.
+        """
+        weight = self._weight
+        if weight.untyped_storage().nbytes() == 0 and weight.numel():  # sharded again after the head's forward
+            live: Any = self.site.module.weight
+            if hasattr(live, "full_tensor"):
+                live = live.full_tensor()
+            if live.shape == weight.shape and live.untyped_storage().nbytes():
+                bias: Any = self.site.module.bias
+                bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+                return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+            raise RuntimeError(
+                "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
+                "gathered again: compute it before, or unfuse(model)"
+            )
+        changed = self._version is not None and weight._version != self._version
+        if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
+            raise RuntimeError(
+                "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
+                "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
+            )
+        return weight, self._bias
+
+    def table(self, mapping: Map) -> Table:
+        key = mapping.key
+        if key not in self.tables:
+            self.tables[key] = Table(self, mapping)
+        return self.tables[key]
+
+    def head(self, mapping: Map, weights: tuple[Tensor, Tensor | None] | None = None) -> Head:
+        """The map from ``hidden_of(mapping)`` to the values."""
+        weight, bias = weights or self.weights()
+        weight, bias = weight[: mapping.vocab], None if bias is None else bias[: mapping.vocab]
+        if mapping.bias is not None:
+            bias = mapping.bias.to(weight) if bias is None else bias + mapping.bias.to(bias)
+        return Head(weight, bias, mapping.scale, mapping.softcap)
+
+    def hidden_of(self, mapping: Map) -> Tensor:
+        """Hidden rows; a scale of each row goes into them, as it passes through a head without bias and softcap."""
+        if mapping.row_scale is None:
+            return self.hidden
+        return (self.hidden * mapping.row_scale[:, None]).to(self.hidden.dtype)
+
+    def entries(self, mapping: Map, rows: Tensor, ids: Tensor) -> Tensor:
+        """Values at ``rows [k]``, ``ids [k]``, in the accumulation dtype: dot products, not products of the head."""
+        head, hidden = self.head(mapping), self.hidden_of(mapping)
+        out = torch.empty(ids.shape, dtype=self.acc, device=ids.device)
+        for of in slices(ids.numel(), SPARSE_ROWS):
+            out[of] = (hidden[rows[of]].to(self.acc) * head.weight[ids[of]].to(self.acc)).sum(-1)
+        if head.bias is not None:
+            out += head.bias[ids].to(self.acc)
+        return head.cap(out * head.logit_scale)
+
+    def means(self, mapping: Map, rows: Tensor) -> Tensor:
+        """Mean over the vocabulary of each row; a product only under a softcap."""
+        if mapping.softcap is not None:
+            return self.table(mapping).moments(rows).mean
+        head = self.head(mapping)
+        if self._mean_weight is None or mapping.vocab != self.identity.vocab:
+            self._mean_weight = self.site.select(self.hidden).mean_weight(head.weight)
+        hidden, mean_weight = self.hidden_of(mapping), self._mean_weight
+        if mapping.vocab != self.identity.vocab:
+            self._mean_weight = None
+        found = [hidden[rows[of]].to(self.acc) @ mean_weight for of in slices(rows.numel(), SPARSE_ROWS)]
+        mean = torch.cat(found) if found else hidden.new_zeros(0, dtype=self.acc)
+        if head.bias is not None:
+            mean += head.bias.mean(dtype=torch.float64).to(self.acc)
+        return mean * mapping.scale
+
+    def logits(self, mapping: Map, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Values of ``rows [k]``, some rows at a time, ``[n, V]`` in the accumulation dtype."""
+        head, hidden = self.head(mapping), self.hidden_of(mapping)
+        for of in slices(rows.numel(), self.tile_rows(head.vocab, 3)):
+            yield of, head.logits(hidden[rows[of]])
+
+    def tile_rows(self, vocab: int, tiles: int) -> int:
+        """Rows of so many tiles of logits that the workspace holds."""
+        room = self.site.workspace_bytes or DEFAULT_WORKSPACE
+        return max(room // (tiles * vocab * self.acc.itemsize), 8)
+
+    def count(self, products: float) -> None:
+        self.site.report.products += products / max(self.rows.numel(), 1)
+
+    def backward(self, terms: Sequence[Term], weight: Tensor, bias: Tensor | None) -> Grads:
+        """The gradients of hidden, weight and bias for the sum of the terms."""
+        weights = weight.detach(), None if bias is None else bias.detach()
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            spread = [term for term in terms if term.softmax is not None]
+            if len(spread) <= 1 and all(term.is_sparse for term in terms):
+                return _Sparse(self, weights).backward(terms)
+            return _Dense(self, weights).backward(terms)
+
+
+class Pass(NamedTuple):
+    """n rows that were computed with their way back prepared."""
+
+    rows: Tensor  # [n], of the root
+    part: Part  # of these rows alone
+    found: Found
+    waiting: Tensor  # [n, H], where d logp / d hidden may wait
+    plan: Plan
+
+
+class Table:
+    """What is known of the rows of a root under one map."""
+
+    def __init__(self, root: Root, mapping: Map) -> None:
+        n = root.rows.numel()
+        self.root, self.mapping = root, mapping
+        self.known = torch.zeros(n, dtype=torch.bool, device=root.hidden.device)
+        self.ids = torch.zeros(n, dtype=torch.int64, device=root.hidden.device)
+        self.logps, self.labels = root.hidden.new_zeros((2, n), dtype=root.acc)
+        self.passes: list[Pass] = []
+        self.family: Tensor | None = None
+        self._moments: Moments | None = None
+        self._with_moments = torch.zeros_like(self.known)
+
+    def logps_of(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Log-probabilities of ``ids [k]`` at ``rows [k]``."""
+        self._compute(rows, ids)
+        logps = self.logps[rows]
+        other = self.ids[rows] != ids
+        if other.any():  # a row whose log-sum-exp another label has brought
+            rows, ids = rows[other], ids[other]
+            logps[other] = self.root.entries(self.mapping, rows, ids) - (self.labels[rows] - self.logps[rows])
+        return logps
+
+    def expect(self, rows: Tensor) -> None:
+        """Rows that will be asked for piece by piece: computed together with the first of them."""
+        if not self.known[rows].all():
+            self.family = rows
+
+    def lse(self, rows: Tensor) -> Tensor:
+        """Log-sum-exp at ``rows [k]``."""
+        self._compute(rows)
+        return self.labels[rows] - self.logps[rows]
+
+    def moments(self, rows: Tensor) -> Moments:
+        """``Moments`` of rows, computed with their log-sum-exp or, the first time, after it."""
+        self.root.site.moments.add(self.mapping.kind)
+        self._compute(rows)
+        missing = self._missing(rows, self._with_moments)
+        if missing.numel():
+            part = self.part(missing)
+            with torch.no_grad(), torch.autocast(part.hidden.device.type, enabled=False):
+                self._keep(missing, self.root.site.select(part.hidden).moments(part))
+            self.root.count(missing.numel())
+        assert self._moments is not None or rows.numel() == 0
+        if self._moments is None:
+            empty = self.logps[rows]
+            return Moments(empty, empty, self.ids[rows])
+        return Moments(*(values[rows] for values in self._moments))
+
+    def _missing(self, rows: Tensor, known: Tensor) -> Tensor:
+        wanted = torch.zeros_like(known)
+        wanted[rows] = True
+        return torch.nonzero(wanted & ~known).view(-1)
+
+    def part(self, rows: Tensor, head: Head | None = None, scratch: int = DEFAULT_WORKSPACE) -> Part:
+        """These rows ``[n]`` of the root and their labels, by themselves."""
+        hidden, every = self.root.hidden_of(self.mapping), self.root.rows
+        if rows.numel() < every.numel():
+            hidden = hidden[rows]
+        return Part(hidden, every[: rows.numel()], self.ids[rows], head or self.root.head(self.mapping), scratch)
+
+    def _keep(self, rows: Tensor, found: Moments) -> None:
+        if self._moments is None:
+            self._moments = Moments(*(each.new_zeros(self.known.shape) for each in found))
+        for every, some in zip(self._moments, found, strict=True):
+            every[rows] = some
+        self._with_moments[rows] = True
+
+    @torch.no_grad()
+    def _compute(self, rows: Tensor, ids: Tensor | None = None) -> None:
+        """One product for the rows that are not known yet."""
+        root = self.root
+        if ids is not None:
+            root.hints = torch.zeros_like(self.ids) if root.hints is None else root.hints
+            root.hints[rows] = ids
+        if self.family is not None:
+            rows, self.family = torch.cat([rows, self.family]), None
+        missing = self._missing(rows, self.known)
+        n = missing.numel()
+        if n == 0:
+            return
+        if root.hints is not None:
+            self.ids[missing] = root.hints[missing].clamp(max=self.mapping.vocab - 1)
+        part = self.part(missing)
+        backend, limit = root.site.select(part.hidden), root.site.workspace_bytes or DEFAULT_WORKSPACE
+        plan = choose(
+            root.needs,
+            Sizes((n,), (n, 0), 0, 0, 0, False, n),
+            vocab=part.head.vocab,
+            features=part.head.features,
+            dtype=part.hidden.dtype,
+            workspace_bytes=max(limit - root.stored, 1),
+            backend=backend,
+            splits=False,
+        )
+        # A trainable head whose E does not fit is computed again in backward: the rows that have a gradient.
+        prepared, store = plan.name in ("frozen", "store"), plan.name == "store"
+        waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
+        part = part._replace(scratch=plan.scratch_budget, moments=self.mapping.kind in root.site.moments)
+        with torch.autocast(part.hidden.device.type, enabled=False):
+            try:
+                found = backend.forward(part, Grads(waiting, None, None), store=store)
+            except Exception as error:
+                root.site.fall_back(error)
+                found = root.site.select(part.hidden).forward(part, Grads(waiting, None, None), store=store)
+        root.stored += plan.stored_bytes
+        root.count(n * (1 + (plan.name == "frozen")))
+        self.known[missing], self.logps[missing] = True, found.logps
+        self.labels[missing] = root.entries(self.mapping, missing, part.ids)
+        if found.moments is not None:
+            self._keep(missing, found.moments)
+        if waiting is not None:
+            self.passes.append(Pass(missing, part, found._replace(moments=None), waiting, plan))
+        root.site.report.plans[plan.name] = str(plan)
+
+
+class _Gradients:
+    """Where the gradients of a root add up."""
+
+    def __init__(self, root: Root, weights: tuple[Tensor, Tensor | None]) -> None:
+        self.root, (self.weight, self.bias) = root, weights
+        dtype = grad_dtype(root.hidden.dtype)
+        self.hidden = torch.zeros_like(root.hidden, dtype=dtype) if root.needs.hidden else None
+        self.grad_weight = torch.zeros_like(self.weight, dtype=dtype) if root.needs.weight else None
+        self.grad_bias = torch.zeros_like(self.bias, dtype=dtype) if root.needs.bias and self.bias is not None else None
+
+    def widen(self) -> None:
+        """Let several parts of the head's gradients meet in the accumulation dtype; nothing is in them yet."""
+        if self.grad_weight is not None:
+            self.grad_weight = torch.zeros_like(self.grad_weight, dtype=self.root.acc)
+        if self.grad_bias is not None:
+            self.grad_bias = torch.zeros_like(self.grad_bias, dtype=self.root.acc)
+
+    @property
+    def grads(self) -> Grads:
+        return Grads(self.hidden, self.grad_weight, self.grad_bias)
+
+    def add_entries(self, mapping: Map, rows: Tensor, ids: Tensor, values: Tensor) -> None:
+        """For ``values [k] = d loss / d z`` at single entries."""
+        head = self.root.head(mapping, (self.weight, self.bias))
+        hidden = self.root.hidden_of(mapping)
+        if mapping.softcap is not None:
+            values = values * head.slope(self.root.entries(mapping, rows, ids))
+        values = values * mapping.scale
+        for of in slices(ids.numel(), SPARSE_ROWS):
+            each, row, token = values[of, None], rows[of], ids[of]
+            if self.hidden is not None:
+                own = each if mapping.row_scale is None else each * mapping.row_scale[row, None]
+                self.hidden.index_add_(0, row, (own * head.weight[token]).to(self.hidden.dtype))
+            if self.grad_weight is not None:
+                self.grad_weight.index_add_(0, token, (each * hidden[row]).to(self.grad_weight.dtype))
+        if self.grad_bias is not None:
+            own = values if mapping.row_scale is None else values * mapping.row_scale[rows]
+            self.grad_bias.index_add_(0, ids, own.to(self.grad_bias.dtype))
+
+    def add_constant(self, mapping: Map, constant: Tensor) -> None:
+        """For ``constant [rows] = d loss / d z`` of every token alike, without a softcap: a product of rank one."""
+        head = self.root.head(mapping, (self.weight, self.bias))
+        values = constant * mapping.scale
+        if mapping.row_scale is not None:
+            values = values * mapping.row_scale
+        if self.hidden is not None:
+            total = self.root.site.select(head.weight).mean_weight(head.weight) * head.vocab
+            self.hidden += (values[:, None] * total).to(self.hidden.dtype)
+        if self.grad_weight is not None:
+            self.grad_weight[: head.vocab] += (values @ self.root.hidden.to(values.dtype)).to(self.grad_weight.dtype)
+        if self.grad_bias is not None:
+            self.grad_bias[: head.vocab] += values.sum().to(self.grad_bias.dtype)
+
+
+class _Sparse(_Gradients):
+    """Terms of softmax under one map, of entries and of constants: the products are the backend's."""
+
+    def backward(self, terms: Sequence[Term]) -> Grads:
+        for term in sorted(terms, key=lambda term: term.softmax is None):  # the backend writes, the others add
+            entries = list(term.entries)
+            if term.softmax is not None:
+                entries = self._softmax(self.root.table(term.mapping), term.softmax, entries)
+            for rows, ids, values in entries:
+                self.add_entries(term.mapping, rows, ids, values)
+            if term.constant is not None:
+                self.add_constant(term.mapping, term.constant)
+        return self.grads
+
+    def _softmax(
+        self, table: Table, softmax: Tensor, entries: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """``softmax [rows]`` times p, as the gradient of log-probabilities of the table's labels; what is left of it.
+
+        For a log-probability's own gradient nothing is left, exactly.
+        """
+        table._compute(torch.nonzero(softmax).view(-1))
+        left = softmax.clone()
+        others = []
+        for rows, ids, values in entries:
+            ours = table.ids[rows] == ids
+            left.index_add_(0, rows, torch.where(ours, values, 0).to(left.dtype))
+            some = torch.nonzero(~ours & (values != 0)).view(-1)
+            if some.numel():
+                others.append((rows[some], ids[some], values[some]))
+        some = torch.nonzero(left).view(-1)
+        if some.numel():
+            others.append((some, table.ids[some], left[some]))
+        g, head = -softmax, self.root.head(table.mapping, (self.weight, self.bias))
+        done = torch.zeros_like(table.known)
+        for each in table.passes:
+            done[each.rows] = True
+        rest = torch.nonzero((g != 0) & ~done).view(-1)
+        hidden, limit = self.root.hidden_of(table.mapping), self.root.site.workspace_bytes or DEFAULT_WORKSPACE
+        backend = self.root.site.select(hidden)
+
+        def cost(n: int) -> Cost:
+            return backend.cost(n, head.vocab, head.features, hidden.dtype, limit, store=True)
+
+        # Group by group, so that E of a group fits the workspace and is used twice.
+        size = rest.numel()
+        while size > SMALLEST_GROUP and cost(size).stored + cost(size).scratch > limit:
+            size = -(-size // 2)
+        groups = list(slices(rest.numel(), size)) if size else []
+        if len(groups) + len(table.passes) > 1:
+            self.widen()
+        into = Grads(None, *(None if grad is None else grad[: head.vocab] for grad in self.grads[1:]))
+        written = False
+        while table.passes:
+            each = table.passes.pop(0)
+            into = into._replace(hidden=each.waiting if self.hidden is not None else None)
+            part = each.part._replace(head=head)
+            backend.backward(part, each.found, g[each.rows], into, accumulate=written)
+            self._add_hidden(table.mapping, each.rows, each.waiting)
+            written = True
+            self.root.count(each.rows.numel() * (0 if each.plan.name == "frozen" else 2))
+            del each  # and E with it
+        self.root.stored = 0
+        for of in groups:
+            rows = rest[of]
+            part = table.part(rows, head, cost(rows.numel()).budget)
+            waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype))
+            into = into._replace(hidden=waiting if self.hidden is not None else None)
+            found = backend.forward(part, into, store=True)
+            backend.backward(part, found, g[rows], into, accumulate=written)
+            self._add_hidden(table.mapping, rows, waiting)
+            written = True
+            self.root.count(rows.numel() * (1 + (self.hidden is not None) + (self.grad_weight is not None)))
+            del found  # and E with it, before the next group's is allocated
+        return others
+
+    def _add_hidden(self, mapping: Map, rows: Tensor, grad: Tensor) -> None:
+        if self.hidden is not None:
+            if mapping.row_scale is not None:
+                grad = grad * mapping.row_scale[rows, None]
+            self.hidden.index_add_(0, rows, grad.to(self.hidden.dtype))
+
+
+class _Dense(_Gradients):
+    """Any terms: tiles of whole rows of logits, in plain torch."""
+
+    def backward(self, terms: Sequence[Term]) -> Grads:
+        rows = torch.nonzero(torch.stack([term.touched(self.root.rows.numel()) for term in terms]).any(0)).view(-1)
+        place = torch.full_like(self.root.rows, -1)
+        place[rows] = torch.arange(rows.numel(), device=rows.device)
+        head = Head(self.weight, self.bias)
+        needs_logits = any(term.needs_logits for term in terms)
+        dtype = torch.float32 if self.weight.dtype == torch.float16 else self.weight.dtype
+        sums = [None if grad is None else grad.to(self.root.acc) for grad in self.grads[1:]]
+        for of in slices(rows.numel(), self.root.tile_rows(head.vocab, 6)):
+            some = rows[of]
+            hidden = self.root.hidden[some]
+            raw = head.logits(hidden) if needs_logits else None
+            total = torch.zeros((some.numel(), head.vocab), dtype=self.root.acc, device=some.device)
+            for term in terms:
+                term.add_to(total, raw, some, place, of.start)
+            total_c, hidden_c = total.to(dtype), hidden.to(dtype)
+            if self.hidden is not None:
+                self.hidden[some] = (total_c @ self.weight.to(dtype)).to(self.hidden.dtype)
+            if sums[0] is not None:
+                sums[0] += total_c.T @ hidden_c
+            if sums[1] is not None:
+                sums[1] += total.sum(0)
+        for grad, found in zip(self.grads[1:], sums, strict=True):
+            if grad is not None and found is not None:
+                grad.copy_(found)
+        self.root.count(rows.numel() * (needs_logits + (self.hidden is not None) + (self.grad_weight is not None)))
+        for table in self.root.tables.values():
+            table.passes.clear()
+        return self.grads
+
+
+def expire(*_: Any) -> None:
+    """An optimiser is about to step: what is not computed yet never will be."""
+    for root in list(_roots):
+        root.expired = root.expired or root.needs.head

@@ -1,0 +1,363 @@
+"""The tensors that stand for logits and for their gradients, and the nodes between them on the autograd graph.
+
+``LazyLogits`` has the shape of logits and no memory. It is the output of an autograd node, and so is every view of it:
+hooks of DDP, FSDP and DeepSpeed on a model's output fire as ever. Its gradient is a ``LazyGrad``, which adds up, scales
+and passes through views without being computed; the head's node turns it into the gradients of hidden and weight.
+
+Which rows of the root a view has is an integer tensor that goes through the same views as the logits would. It tells
+aliasing too: two views share memory, as eager logits would, exactly if their ``rows`` do.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine import refuse_second_derivatives
+from orpo_kernels.integrations.lazy.gradient import Dense, Map, Term, Terms, added
+from orpo_kernels.integrations.lazy.rows import Root
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class View:
+    """What a stand-in stands for: ``factor * kind(values of a map)`` at ``rows``."""
+
+    root: Root
+    rows: Tensor  # of the root, int64; the stand-in's shape without the vocabulary
+    mapping: Map
+    dtype: torch.dtype
+    kind: str = "logits"  # or log_probs, probs, probs_log_probs (p * log p), probs_logits (p * z)
+    factor: float = 1.0  # 1 for logits, whose factor is the map's
+    vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
+    family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
+    chain: tuple[str, ...] = ()  # operations so far, for the report
+
+    @property
+    def shape(self) -> torch.Size:
+        lead = list(self.rows.shape)
+        lead.insert(len(lead) if self.vocab_dim == -1 else self.vocab_dim, self.mapping.vocab)
+        return torch.Size(lead)
+
+    def after(self, operation: str, **changes: Any) -> View:
+        """The view that an operation makes of this one."""
+        chain = self.chain if self.chain[-1:] == (operation,) else (*self.chain, operation)
+        return replace(self, chain=chain, **changes)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def same_rows(self, other: View) -> bool:
+        """Whether both have the same rows of the same root under the same map."""
+        same = self.root is other.root and self.mapping.key == other.mapping.key
+        return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
+
+    def dense(self) -> Tensor:
+        """What this stands for, computed."""
+        root, rows = self.root, self.rows.reshape(-1)
+        out = torch.empty((rows.numel(), self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            for of, logits in root.logits(self.mapping, rows):
+                out[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
+        root.count(rows.numel())
+        out = out.view(*self.rows.shape, self.mapping.vocab)
+        return out if self.vocab_dim == -1 else out.movedim(-1, self.vocab_dim).contiguous()
+
+    def terms_of_dense(self, grad: Tensor) -> Terms:
+        """A dense gradient of the stand-in's shape."""
+        if self.vocab_dim != -1:
+            grad = grad.movedim(self.vocab_dim, -1)
+        dense = Dense(self.kind, self.factor, self.rows.reshape(-1), grad.reshape(-1, self.mapping.vocab))
+        return {self.mapping.key: Term(self.mapping, dense=(dense,))}
+
+
+def _of_kind(kind: str, logits: Tensor) -> Tensor:
+    if kind == "logits":
+        return logits
+    logps = torch.log_softmax(logits, -1)
+    if kind == "log_probs":
+        return logps
+    probs = logps.exp()
+    lowest = torch.finfo(logits.dtype).min  # a masked token: 0 times -inf
+    if kind == "probs":
+        return probs
+    return probs * (logps if kind == "probs_log_probs" else logits).clamp(min=lowest)
+
+
+def _strides(shape: torch.Size) -> list[int]:
+    """Strides under which the vocabulary is not contiguous.
+
+    Libraries that launch a kernel of their own on logits look at the last stride first, and otherwise take the way of
+    plain torch, which can be recognised.
+    """
+    strides, step = [], 1
+    for size in shape[:-1]:
+        strides.append(step)
+        step *= max(size, 1)
+    return [*strides, max(step, 2)]
+
+
+class LazyLogits(torch.Tensor):
+    """A tensor of logits, or of what a loss first makes of them, that is not there."""
+
+    view_of: View
+    own: Tensor | None  # the values, once something changed them in place or needed all of them
+    changed: bool  # whether ``own`` is no longer what the view says
+    lost: str | None  # why it cannot be used any more
+    edits: list[tuple[Tensor, float | Tensor]]  # scales in place, of views that share memory
+
+    @staticmethod
+    def __new__(cls, view: View) -> LazyLogits:
+        self: LazyLogits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
+        )
+        self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
+        views = view.root.views
+        views.append(weakref.ref(self))
+        if len(views) % 64 == 0:
+            views[:] = [each for each in views if each() is not None]
+        return self
+
+    def __init__(self, view: View) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from orpo_kernels.integrations.lazy.operations import call
+
+        return call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The net below Python's functions: autograd's own detach, and whatever C++ calls."""
+        kwargs = kwargs or {}
+        if func in (_aten.detach.default, _aten.alias.default):
+            return copy_of(args[0])
+        if any(argument.is_out or _mutates(argument) for argument in func._schema.arguments):
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if _mutates(argument) and isinstance(value, LazyLogits):
+                    raise RuntimeError(
+                        f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
+                        "unfuse(model) for such code"
+                    )
+        values = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: computed(x, str(func)), (args, kwargs))
+        return func(*values[0], **values[1])
+
+
+def _mutates(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def copy_of(x: LazyLogits) -> LazyLogits:
+    """Another tensor that stands for the same, unknown to autograd."""
+    copy = LazyLogits(x.view_of)
+    copy.own = None if x.own is None else x.own.detach()
+    copy.changed, copy.lost, copy.edits = x.changed, x.lost, list(x.edits)
+    return copy
+
+
+def computed(x: LazyLogits, operation: str) -> Tensor:
+    """The values of a stand-in, unknown to autograd, kept as long as it lives."""
+    if x.lost is not None:
+        raise RuntimeError(x.lost)
+    if x.own is None:
+        x.view_of.root.site.report.materialise(operation, x.view_of.bytes)
+        x.own = x.view_of.dense()
+    return x.own.detach()
+
+
+class LazyGrad(torch.Tensor):
+    """The gradient of a stand-in, as terms; ``view`` is what a dense gradient added to it is a gradient of."""
+
+    view_of: View
+    terms: Terms
+
+    @staticmethod
+    def __new__(cls, view: View, terms: Terms) -> LazyGrad:
+        self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
+        )
+        self.view_of, self.terms = view, terms
+        return self
+
+    def __init__(self, view: View, terms: Terms) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        first = args[0]
+        if name in ("detach", "alias", "clone") and isinstance(first, LazyGrad):
+            return LazyGrad(first.view_of, first.terms)
+        if name == "_to_copy" and isinstance(first, LazyGrad) and kwargs.get("device") in (None, first.device):
+            return LazyGrad(replace(first.view_of, dtype=kwargs.get("dtype") or first.dtype), first.terms)
+        if name in ("add", "add_") and not kwargs:
+            a, b = args[:2]
+            own = a if isinstance(a, LazyGrad) else b
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+                total = LazyGrad(own.view_of, added(_terms(a, own.view_of), _terms(b, own.view_of)))
+                if name == "add":
+                    return total
+                if isinstance(a, LazyGrad):
+                    a.terms = total.terms
+                    return a
+        if name in ("mul", "div", "mul_", "div_", "neg") and isinstance(first, LazyGrad) and not kwargs:
+            factor = -1.0 if name == "neg" else args[1]
+            if not isinstance(factor, Tensor) or (factor.numel() == 1 and type(factor) is not LazyGrad):
+                by = 1 / factor if name.startswith("div") else factor
+                by = by.reshape(()) if isinstance(by, Tensor) else by
+                terms = {key: term.times(by) for key, term in first.terms.items()}
+                if not name.endswith("_"):
+                    return LazyGrad(first.view_of, terms)
+                first.terms = terms
+                return first
+        if any(_mutates(argument) for argument in func._schema.arguments) and isinstance(first, LazyGrad):
+            values = torch.utils._pytree.tree_map_only(LazyGrad, dense_grad, (args, kwargs))
+            result = func(*values[0], **values[1])
+            first.terms = first.view_of.terms_of_dense(values[0][0])
+            return first if isinstance(result, Tensor) else result
+        values = torch.utils._pytree.tree_map_only(LazyGrad, dense_grad, (args, kwargs))
+        return func(*values[0], **values[1])
+
+
+def _terms(grad: Tensor, view: View) -> Terms:
+    return grad.terms if isinstance(grad, LazyGrad) else view.terms_of_dense(grad)
+
+
+def dense_grad(grad: LazyGrad) -> Tensor:
+    """The gradient in full, for whoever looks at it.
+
+    Raises:
+        RuntimeError: it is one of log-probabilities or probabilities, which the terms no longer are.
+    """
+    view, root = grad.view_of, grad.view_of.root
+    if view.kind != "logits":
+        raise RuntimeError(
+            f"orpo_kernels: a hook asked for the gradient of lazy {view.kind} in full, which is known of logits alone: "
+            "put the hook on the logits, or unfuse(model)"
+        )
+    rows = view.rows.reshape(-1)
+    out = torch.zeros((rows.numel(), view.mapping.vocab), dtype=view.dtype, device=rows.device)
+    place = torch.full_like(root.rows, -1)
+    place[rows] = torch.arange(rows.numel(), device=rows.device)
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        for of, raw in root.logits(root.identity, rows):
+            total = torch.zeros_like(raw)
+            for term in grad.terms.values():
+                term.add_to(total, raw, rows[of], place, of.start)
+            total = total[:, : view.mapping.vocab]
+            slope = view.mapping.to_raw(torch.ones_like(total), view.mapping.of_raw(raw, rows[of]), rows[of])
+            out[of] = (total / slope).to(out.dtype)
+    root.count(rows.numel())
+    out = out.view(*view.rows.shape, view.mapping.vocab)
+    return out if view.vocab_dim == -1 else out.movedim(-1, view.vocab_dim)
+
+
+class HeadNode(torch.autograd.Function):
+    """From hidden and head to logits that are not there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
+        return LazyLogits(view)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        if grad is None:
+            return None, None, None, None
+        _hidden, weight, bias = ctx.saved_tensors  # which checks that nobody has changed them
+        terms = _terms(grad, ctx.view)
+        grads = ctx.view.root.backward(list(terms.values()), weight, bias)
+        hidden = None if grads.hidden is None else grads.hidden.to(ctx.hidden_dtype).view(ctx.hidden_shape)
+        return (
+            hidden,
+            None if grads.weight is None else grads.weight.to(weight.dtype),
+            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+            None,
+        )
+
+
+class ViewNode(torch.autograd.Function):
+    """From a stand-in to another; a gradient only changes its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits, view: View) -> LazyLogits:
+        ctx.set_materialize_grads(False)
+        ctx.before, ctx.after = x.view_of, view
+        return LazyLogits(view)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
+
+
+class InPlaceNode(torch.autograd.Function):
+    """A stand-in that stands for another view from now on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits, view: View) -> LazyLogits:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(x)
+        ctx.before, ctx.after = x.view_of, view
+        x.view_of = view
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
+
+
+class DenseNode(torch.autograd.Function):
+    """From a stand-in to its values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.view = x.view_of
+        return x.view_of.dense()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad))
+
+
+class ReduceNode(torch.autograd.Function):
+    """From a stand-in to numbers that were computed; ``terms`` makes their gradient a gradient of logits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.view, ctx.terms = x.view_of, terms
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return None if grad is None else LazyGrad(ctx.view, ctx.terms(grad)), None, None
+
+
+def lazy_logits(root: Root, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LazyLogits:
+    """The logits of a call of a head on ``hidden [..., H]``."""
+    rows = root.rows.view(hidden.shape[:-1])
+    out: LazyLogits = HeadNode.apply(hidden, weight, bias, View(root, rows, root.identity, dtype))
+    return out
