@@ -150,7 +150,9 @@ class Term:
         """The gradient times a number or a scalar tensor."""
         return Term(
             self.mapping,
-            *(None if v is None else v * factor for v in (self.softmax, self.weighted, self.constant)),
+            None if self.softmax is None else self.softmax * factor,
+            None if self.weighted is None else self.weighted * factor,
+            None if self.constant is None else self.constant * factor,
             tuple((rows, ids, values * factor) for rows, ids, values in self.entries),
             tuple(replace(each, grad=each.grad * factor) for each in self.dense),
         )

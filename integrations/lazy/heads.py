@@ -30,12 +30,13 @@ class _LazyForward:
     def __init__(self, head: nn.Linear, site: Site) -> None:
         self.head, self.site, self.own = head, site, head.forward
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch._dynamo.disable
     def __call__(self, input: Tensor) -> Tensor:
         head = self.head
         if not self._gains(input):
             return self.own(input)
-        weight, bias = head.weight, head.bias
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         device = input.device.type
         if torch.is_autocast_enabled(device):
             to = torch.get_autocast_dtype(device)
@@ -50,7 +51,8 @@ class _LazyForward:
 
     def _gains(self, input: Tensor) -> bool:
         """Whether logits are of a length and in a mode in which a loss may be made of them."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or type(input) not in (Tensor, nn.Parameter):
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if tracing or torch.compiler.is_exporting() or type(input) not in (Tensor, nn.Parameter):
             return False
         if input.dim() < 2 or not input.is_floating_point() or input.is_meta or input.numel() == 0:
             return False

@@ -2,13 +2,12 @@
 
 A ``Root`` stands behind every tensor that one call of a head gave rise to. Consumers ask it for log-probabilities,
 log-sum-exps, means and expectations of some rows under some ``Map``; the first to ask for a row pays a product for it,
-and what comes out is kept, ``[rows]`` a number. Gradients come back as ``gradient.Term``: coefficients of softmax(z) and
-of single entries. Only then, when all consumers have said theirs, does the head multiply backward, once, the rows whose
-coefficients are not all zero.
+and what comes out is kept, a few numbers a row. Gradients come back as ``gradient.Term``: coefficients of softmax(z)
+and of single entries. Only then, when all consumers have said theirs, does the head multiply backward, once, the rows
+whose coefficients are not all zero.
 
 Products of the head's size: one without gradients, two with the head frozen, three where E of all rows fits the
-workspace, else four. Terms that are no softmax and no entries (an entropy's gradient, a dense gradient, several
-temperatures) take the same number by tiles of logits as they are, in plain torch.
+workspace, else four.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.backends import Backend, Cost, Found, Grads, Moments, Part, acc_dtype, grad_dtype, select, slices
+from orpo_kernels.backends import Backend, Found, Grads, Moments, Part, acc_dtype, grad_dtype, select, slices
 from orpo_kernels.integrations.lazy.gradient import Map, Term
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan, choose
@@ -28,7 +27,6 @@ from orpo_kernels.settings import Head, Needs
 from orpo_kernels.targets import Sizes
 
 SPARSE_ROWS = 1024  # rows of the head gathered at once
-SMALLEST_GROUP = 64  # rows whose E is held in backward, however little the workspace is
 
 
 class Site:
@@ -164,12 +162,14 @@ class Root:
 
     def backward(self, terms: Sequence[Term], weight: Tensor, bias: Tensor | None) -> Grads:
         """The gradients of hidden, weight and bias for the sum of the terms."""
+        from orpo_kernels.integrations.lazy.products import Dense, Sparse
+
         weights = weight.detach(), None if bias is None else bias.detach()
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
-                return _Sparse(self, weights).backward(terms)
-            return _Dense(self, weights).backward(terms)
+                return Sparse(self, weights).backward(terms)
+            return Dense(self, weights).backward(terms)
 
 
 class Pass(NamedTuple):
@@ -198,7 +198,7 @@ class Table:
 
     def logps_of(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Log-probabilities of ``ids [k]`` at ``rows [k]``."""
-        self._compute(rows, ids)
+        self.compute(rows, ids)
         logps = self.logps[rows]
         other = self.ids[rows] != ids
         if other.any():  # a row whose log-sum-exp another label has brought
@@ -213,13 +213,13 @@ class Table:
 
     def lse(self, rows: Tensor) -> Tensor:
         """Log-sum-exp at ``rows [k]``."""
-        self._compute(rows)
+        self.compute(rows)
         return self.labels[rows] - self.logps[rows]
 
     def moments(self, rows: Tensor) -> Moments:
         """``Moments`` of rows, computed with their log-sum-exp or, the first time, after it."""
         self.root.site.moments.add(self.mapping.kind)
-        self._compute(rows)
+        self.compute(rows)
         missing = self._missing(rows, self._with_moments)
         if missing.numel():
             part = self.part(missing)
@@ -252,7 +252,7 @@ class Table:
         self._with_moments[rows] = True
 
     @torch.no_grad()
-    def _compute(self, rows: Tensor, ids: Tensor | None = None) -> None:
+    def compute(self, rows: Tensor, ids: Tensor | None = None) -> None:
         """One product for the rows that are not known yet."""
         root = self.root
         if ids is not None:
@@ -297,177 +297,6 @@ class Table:
         if waiting is not None:
             self.passes.append(Pass(missing, part, found._replace(moments=None), waiting, plan))
         root.site.report.plans[plan.name] = str(plan)
-
-
-class _Gradients:
-    """Where the gradients of a root add up."""
-
-    def __init__(self, root: Root, weights: tuple[Tensor, Tensor | None]) -> None:
-        self.root, (self.weight, self.bias) = root, weights
-        dtype = grad_dtype(root.hidden.dtype)
-        self.hidden = torch.zeros_like(root.hidden, dtype=dtype) if root.needs.hidden else None
-        self.grad_weight = torch.zeros_like(self.weight, dtype=dtype) if root.needs.weight else None
-        self.grad_bias = torch.zeros_like(self.bias, dtype=dtype) if root.needs.bias and self.bias is not None else None
-
-    def widen(self) -> None:
-        """Let several parts of the head's gradients meet in the accumulation dtype; nothing is in them yet."""
-        if self.grad_weight is not None:
-            self.grad_weight = torch.zeros_like(self.grad_weight, dtype=self.root.acc)
-        if self.grad_bias is not None:
-            self.grad_bias = torch.zeros_like(self.grad_bias, dtype=self.root.acc)
-
-    @property
-    def grads(self) -> Grads:
-        return Grads(self.hidden, self.grad_weight, self.grad_bias)
-
-    def add_entries(self, mapping: Map, rows: Tensor, ids: Tensor, values: Tensor) -> None:
-        """For ``values [k] = d loss / d z`` at single entries."""
-        head = self.root.head(mapping, (self.weight, self.bias))
-        hidden = self.root.hidden_of(mapping)
-        if mapping.softcap is not None:
-            values = values * head.slope(self.root.entries(mapping, rows, ids))
-        values = values * mapping.scale
-        for of in slices(ids.numel(), SPARSE_ROWS):
-            each, row, token = values[of, None], rows[of], ids[of]
-            if self.hidden is not None:
-                own = each if mapping.row_scale is None else each * mapping.row_scale[row, None]
-                self.hidden.index_add_(0, row, (own * head.weight[token]).to(self.hidden.dtype))
-            if self.grad_weight is not None:
-                self.grad_weight.index_add_(0, token, (each * hidden[row]).to(self.grad_weight.dtype))
-        if self.grad_bias is not None:
-            own = values if mapping.row_scale is None else values * mapping.row_scale[rows]
-            self.grad_bias.index_add_(0, ids, own.to(self.grad_bias.dtype))
-
-    def add_constant(self, mapping: Map, constant: Tensor) -> None:
-        """For ``constant [rows] = d loss / d z`` of every token alike, without a softcap: a product of rank one."""
-        head = self.root.head(mapping, (self.weight, self.bias))
-        values = constant * mapping.scale
-        if mapping.row_scale is not None:
-            values = values * mapping.row_scale
-        if self.hidden is not None:
-            total = self.root.site.select(head.weight).mean_weight(head.weight) * head.vocab
-            self.hidden += (values[:, None] * total).to(self.hidden.dtype)
-        if self.grad_weight is not None:
-            self.grad_weight[: head.vocab] += (values @ self.root.hidden.to(values.dtype)).to(self.grad_weight.dtype)
-        if self.grad_bias is not None:
-            self.grad_bias[: head.vocab] += values.sum().to(self.grad_bias.dtype)
-
-
-class _Sparse(_Gradients):
-    """Terms of softmax under one map, of entries and of constants: the products are the backend's."""
-
-    def backward(self, terms: Sequence[Term]) -> Grads:
-        for term in sorted(terms, key=lambda term: term.softmax is None):  # the backend writes, the others add
-            entries = list(term.entries)
-            if term.softmax is not None:
-                entries = self._softmax(self.root.table(term.mapping), term.softmax, entries)
-            for rows, ids, values in entries:
-                self.add_entries(term.mapping, rows, ids, values)
-            if term.constant is not None:
-                self.add_constant(term.mapping, term.constant)
-        return self.grads
-
-    def _softmax(
-        self, table: Table, softmax: Tensor, entries: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """``softmax [rows]`` times p, as the gradient of log-probabilities of the table's labels; what is left of it.
-
-        For a log-probability's own gradient nothing is left, exactly.
-        """
-        table._compute(torch.nonzero(softmax).view(-1))
-        left = softmax.clone()
-        others = []
-        for rows, ids, values in entries:
-            ours = table.ids[rows] == ids
-            left.index_add_(0, rows, torch.where(ours, values, 0).to(left.dtype))
-            some = torch.nonzero(~ours & (values != 0)).view(-1)
-            if some.numel():
-                others.append((rows[some], ids[some], values[some]))
-        some = torch.nonzero(left).view(-1)
-        if some.numel():
-            others.append((some, table.ids[some], left[some]))
-        g, head = -softmax, self.root.head(table.mapping, (self.weight, self.bias))
-        done = torch.zeros_like(table.known)
-        for each in table.passes:
-            done[each.rows] = True
-        rest = torch.nonzero((g != 0) & ~done).view(-1)
-        hidden, limit = self.root.hidden_of(table.mapping), self.root.site.workspace_bytes or DEFAULT_WORKSPACE
-        backend = self.root.site.select(hidden)
-
-        def cost(n: int) -> Cost:
-            return backend.cost(n, head.vocab, head.features, hidden.dtype, limit, store=True)
-
-        # Group by group, so that E of a group fits the workspace and is used twice.
-        size = rest.numel()
-        while size > SMALLEST_GROUP and cost(size).stored + cost(size).scratch > limit:
-            size = -(-size // 2)
-        groups = list(slices(rest.numel(), size)) if size else []
-        if len(groups) + len(table.passes) > 1:
-            self.widen()
-        into = Grads(None, *(None if grad is None else grad[: head.vocab] for grad in self.grads[1:]))
-        written = False
-        while table.passes:
-            each = table.passes.pop(0)
-            into = into._replace(hidden=each.waiting if self.hidden is not None else None)
-            part = each.part._replace(head=head)
-            backend.backward(part, each.found, g[each.rows], into, accumulate=written)
-            self._add_hidden(table.mapping, each.rows, each.waiting)
-            written = True
-            self.root.count(each.rows.numel() * (0 if each.plan.name == "frozen" else 2))
-            del each  # and E with it
-        self.root.stored = 0
-        for of in groups:
-            rows = rest[of]
-            part = table.part(rows, head, cost(rows.numel()).budget)
-            waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype))
-            into = into._replace(hidden=waiting if self.hidden is not None else None)
-            found = backend.forward(part, into, store=True)
-            backend.backward(part, found, g[rows], into, accumulate=written)
-            self._add_hidden(table.mapping, rows, waiting)
-            written = True
-            self.root.count(rows.numel() * (1 + (self.hidden is not None) + (self.grad_weight is not None)))
-            del found  # and E with it, before the next group's is allocated
-        return others
-
-    def _add_hidden(self, mapping: Map, rows: Tensor, grad: Tensor) -> None:
-        if self.hidden is not None:
-            if mapping.row_scale is not None:
-                grad = grad * mapping.row_scale[rows, None]
-            self.hidden.index_add_(0, rows, grad.to(self.hidden.dtype))
-
-
-class _Dense(_Gradients):
-    """Any terms: tiles of whole rows of logits, in plain torch."""
-
-    def backward(self, terms: Sequence[Term]) -> Grads:
-        rows = torch.nonzero(torch.stack([term.touched(self.root.rows.numel()) for term in terms]).any(0)).view(-1)
-        place = torch.full_like(self.root.rows, -1)
-        place[rows] = torch.arange(rows.numel(), device=rows.device)
-        head = Head(self.weight, self.bias)
-        needs_logits = any(term.needs_logits for term in terms)
-        dtype = torch.float32 if self.weight.dtype == torch.float16 else self.weight.dtype
-        sums = [None if grad is None else grad.to(self.root.acc) for grad in self.grads[1:]]
-        for of in slices(rows.numel(), self.root.tile_rows(head.vocab, 6)):
-            some = rows[of]
-            hidden = self.root.hidden[some]
-            raw = head.logits(hidden) if needs_logits else None
-            total = torch.zeros((some.numel(), head.vocab), dtype=self.root.acc, device=some.device)
-            for term in terms:
-                term.add_to(total, raw, some, place, of.start)
-            total_c, hidden_c = total.to(dtype), hidden.to(dtype)
-            if self.hidden is not None:
-                self.hidden[some] = (total_c @ self.weight.to(dtype)).to(self.hidden.dtype)
-            if sums[0] is not None:
-                sums[0] += total_c.T @ hidden_c
-            if sums[1] is not None:
-                sums[1] += total.sum(0)
-        for grad, found in zip(self.grads[1:], sums, strict=True):
-            if grad is not None and found is not None:
-                grad.copy_(found)
-        self.root.count(rows.numel() * (needs_logits + (self.hidden is not None) + (self.grad_weight is not None)))
-        for table in self.root.tables.values():
-            table.passes.clear()
-        return self.grads
 
 
 def expire(*_: Any) -> None:

@@ -136,7 +136,7 @@ class LazyLogits(torch.Tensor):
         return call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """The net below Python's functions: autograd's own detach, and whatever C++ calls."""
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
@@ -197,7 +197,7 @@ class LazyGrad(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         first = args[0]

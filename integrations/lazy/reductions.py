@@ -1,0 +1,356 @@
+"""What reduces the vocabulary of lazy logits: here the product runs.
+
+All of it is made of five numbers a row, each differentiable: an entry, a log-probability, the log-sum-exp, the mean and
+the expectation under softmax. Cross-entropy, entropy and the rest are plain torch on those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_kernels.integrations.lazy.gradient import Map, Term, Terms
+from orpo_kernels.integrations.lazy.registry import handles, is_vocab, made, position
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits, ReduceNode, View
+
+WIDEST_GATHER = 64  # entries of a row that are taken as dot products; for more of them a product is no dearer
+
+
+def _number(x: LazyLogits, operation: str, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
+    """A result in the accumulation dtype."""
+    view = x.view_of
+    view.root.site.report.chains[" > ".join((*view.chain, operation))] += 1
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return value
+    out: Tensor = ReduceNode.apply(x, value, terms)
+    return out
+
+
+def _spread(view: View, rows: Tensor, values: Tensor) -> Tensor:
+    """Values at rows ``[k]`` as a vector over the root's rows."""
+    out = torch.zeros(view.root.rows.shape, dtype=view.root.acc, device=rows.device)
+    return out.index_add_(0, rows.reshape(-1), values.reshape(-1).to(out.dtype))
+
+
+def _entries(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Tensor:
+    """Logits at ``rows``, ``ids`` of one shape."""
+    view, flat = x.view_of, (rows.reshape(-1), ids.reshape(-1))
+    if view.root.hints is None and ids.numel() == rows.numel():
+        view.root.hints = torch.zeros(view.root.rows.shape, dtype=torch.int64, device=ids.device)
+    if view.root.hints is not None:
+        view.root.hints[flat[0]] = flat[1]
+
+    def terms(g: Tensor) -> Terms:
+        return {view.mapping.key: Term(view.mapping, entries=((*flat, g.reshape(-1)),))}
+
+    return _number(x, operation, view.root.entries(view.mapping, *flat).view(rows.shape), terms)
+
+
+def _logps(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities at ``rows``, ``ids`` of one shape."""
+    view, flat = x.view_of, (rows.reshape(-1), ids.reshape(-1))
+    table = view.root.table(view.mapping)
+
+    def terms(g: Tensor) -> Terms:
+        g = g.reshape(-1).to(view.root.acc)
+        return {view.mapping.key: Term(view.mapping, softmax=-_spread(view, flat[0], g), entries=((*flat, g),))}
+
+    return _number(x, operation, table.logps_of(*flat).view(rows.shape), terms)
+
+
+def _lse(x: LazyLogits, operation: str, mapping: Map | None = None) -> Tensor:
+    """Log-sum-exp of each row."""
+    view = x.view_of
+    mapping = mapping or view.mapping
+    rows, table = view.rows.reshape(-1), view.root.table(mapping)
+    if view.family is not None:
+        table.expect(view.family.reshape(-1))
+
+    def terms(g: Tensor) -> Terms:
+        return {mapping.key: Term(mapping, softmax=_spread(view, rows, g))}
+
+    return _number(x, operation, table.lse(rows).view(view.rows.shape), terms)
+
+
+def _mean(x: LazyLogits, operation: str) -> Tensor:
+    """Mean logit of each row."""
+    view = x.view_of
+    rows = view.rows.reshape(-1)
+
+    def terms(g: Tensor) -> Terms:
+        return {view.mapping.key: Term(view.mapping, constant=_spread(view, rows, g) / view.mapping.vocab)}
+
+    return _number(x, operation, view.root.means(view.mapping, rows).view(view.rows.shape), terms)
+
+
+def _expected(x: LazyLogits, operation: str) -> Tensor:
+    """``sum_v p_v z_v`` of each row."""
+    view = x.view_of
+    rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
+    if view.family is not None:
+        table.expect(view.family.reshape(-1))
+    expected = table.moments(rows).expected
+
+    def terms(g: Tensor) -> Terms:
+        softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (1 - expected))
+        return {view.mapping.key: Term(view.mapping, softmax=softmax, weighted=_spread(view, rows, g))}
+
+    return _number(x, operation, expected.view(view.rows.shape), terms)
+
+
+def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
+    """What a stand-in has at ``rows``, ``ids`` of one shape, in its dtype."""
+    view = x.view_of
+    if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < view.mapping.vocab:
+        raise IndexError(f"index out of range: {operation} on {view.mapping.vocab} tokens of lazy logits")
+    if view.kind == "logits":
+        return _entries(x, operation, rows, ids).to(x.dtype)
+    if view.kind in ("log_probs", "probs"):
+        logps = _logps(x, operation, rows, ids)
+        found = logps if view.kind == "log_probs" else logps.exp()
+        return (found if view.factor == 1 else found * view.factor).to(x.dtype)
+    return NotImplemented
+
+
+@handles("gather")
+def _gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
+    if not isinstance(x, LazyLogits) or isinstance(index, LazyLogits) or x.view_of.vocab_dim != -1:
+        return NotImplemented
+    if not is_vocab(x, dim) or index.shape[-1] > WIDEST_GATHER or index.dim() != x.dim():
+        return NotImplemented
+    rows = x.view_of.rows[tuple(slice(0, size) for size in index.shape[:-1])]
+    return taken(x, "gather", rows.unsqueeze(-1).expand(index.shape), index)
+
+
+@handles("take_along_dim")
+def _take_along_dim(x: Any, indices: Any, dim: Any = None) -> Any:
+    if not isinstance(x, LazyLogits) or dim is None or indices.dim() != x.dim() or not is_vocab(x, dim):
+        return NotImplemented
+    lead = torch.broadcast_shapes(indices.shape[:-1], x.shape[:-1])
+    return _gather(x, dim, indices.expand(*lead, indices.shape[-1])) if lead == x.shape[:-1] else NotImplemented
+
+
+@handles("logsumexp")
+def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
+    view = x.view_of
+    if view.vocab_dim != -1 or not is_vocab(x, dim) or view.kind not in ("logits", "log_probs"):
+        return NotImplemented
+    if view.kind == "logits":
+        lse = _lse(x, "logsumexp")
+    else:  # of f * log p: lse(f z) - f lse(z)
+        mapping = view.mapping.times(view.factor)
+        if mapping is None:
+            return NotImplemented
+        lse = _lse(x, "logsumexp", mapping) - view.factor * _lse(x, "logsumexp")
+    out = (lse.unsqueeze(-1) if keepdim else lse).to(x.dtype)
+    if keepdim and view.kind == "logits":
+        out._orpo_lse_of = view  # type: ignore[attr-defined]
+    return out
+
+
+def _row_means(x: LazyLogits, operation: str) -> Tensor | None:
+    """Mean over the vocabulary of what x stands for, in the accumulation dtype."""
+    view = x.view_of
+    if view.kind == "logits":
+        return _mean(x, operation)
+    if view.kind == "log_probs":
+        return (_mean(x, operation) - _lse(x, operation)) * view.factor
+    if view.kind == "probs_log_probs":
+        return (_expected(x, operation) - _lse(x, operation)) * (view.factor / view.mapping.vocab)
+    if view.kind == "probs_logits":
+        return _expected(x, operation) * (view.factor / view.mapping.vocab)
+    return None
+
+
+def _summed(x: Any, operation: str, dim: Any, keepdim: bool, dtype: torch.dtype | None, average: bool) -> Any:
+    if not isinstance(x, LazyLogits) or x.view_of.vocab_dim != -1:
+        return NotImplemented
+    if isinstance(dim, tuple | list) and sorted(position(d, x.dim()) for d in dim) == list(range(x.dim())):
+        dim = None if not keepdim else dim
+    everything = dim is None or dim == ()
+    if not everything and not is_vocab(x, dim):
+        return NotImplemented
+    means = _row_means(x, operation)
+    if means is None:
+        return NotImplemented
+    if everything:
+        out = means.mean() if average else means.sum() * x.view_of.mapping.vocab
+    else:
+        out = means if average else means * x.view_of.mapping.vocab
+        out = out.unsqueeze(-1) if keepdim else out
+    return out.to(dtype or x.dtype)
+
+
+@handles("mean", "nanmean")
+def _mean_of(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    return _summed(x, "mean", dim, keepdim, dtype, True)
+
+
+@handles("sum", "nansum")
+def _sum_of(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    return _summed(x, "sum", dim, keepdim, dtype, False)
+
+
+def _top(x: LazyLogits, operation: str) -> Tensor | None:
+    """Where each row's largest logit is."""
+    view = x.view_of
+    if view.kind not in ("logits", "log_probs", "probs") or view.factor <= 0:
+        return None
+    table = view.root.table(view.mapping)
+    if view.family is not None:
+        table.expect(view.family.reshape(-1))
+    view.root.site.report.chains[" > ".join((*view.chain, operation))] += 1
+    return table.moments(view.rows.reshape(-1)).argmax.view(view.rows.shape)
+
+
+@handles("argmax")
+def _argmax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if dim is None or x.view_of.vocab_dim != -1 or not is_vocab(x, dim):
+        return NotImplemented
+    found = _top(x, "argmax")
+    return NotImplemented if found is None else found.unsqueeze(-1) if keepdim else found
+
+
+@handles("max")
+def _max(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if not isinstance(x, LazyLogits) or not isinstance(dim, int) or x.view_of.vocab_dim != -1 or not is_vocab(x, dim):
+        return NotImplemented
+    found = _top(x, "max")
+    if found is None:
+        return NotImplemented
+    largest = taken(x, "max", x.view_of.rows, found)
+    if keepdim:
+        largest, found = largest.unsqueeze(-1), found.unsqueeze(-1)
+    return torch.return_types.max((largest, found))
+
+
+@handles("amax")
+def _amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+    found = _max(x, dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim, keepdim)
+    return found if found is NotImplemented else found[0]
+
+
+@handles("topk")
+def _topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    view = x.view_of
+    if view.vocab_dim != -1 or not is_vocab(x, dim) or not largest or k > WIDEST_GATHER or view.factor <= 0:
+        return NotImplemented
+    if view.kind not in ("logits", "log_probs", "probs"):
+        return NotImplemented
+    rows = view.rows.reshape(-1)
+    ids = torch.empty((rows.numel(), k), dtype=torch.int64, device=rows.device)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for of, logits in view.root.logits(view.mapping, rows):
+            ids[of] = logits.topk(k, -1, sorted=sorted).indices
+    view.root.count(rows.numel())
+    ids = ids.view(*view.rows.shape, k)
+    found = taken(x, "topk", view.rows.unsqueeze(-1).expand(ids.shape), ids)
+    return torch.return_types.topk((found, ids))
+
+
+@handles("cross_entropy", "cross_entropy_loss")
+def _cross_entropy(
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    view = x.view_of if isinstance(x, LazyLogits) else None
+    if view is None or view.kind != "logits" or size_average is not None or reduce is not None:
+        return NotImplemented
+    return _token_losses(x, "cross_entropy", target, weight, ignore_index, reduction, label_smoothing)
+
+
+@handles("nll_loss")
+def _nll_loss(
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    view = x.view_of if isinstance(x, LazyLogits) else None
+    if view is None or view.kind != "log_probs" or view.factor != 1 or size_average is not None or reduce is not None:
+        return NotImplemented
+    return _token_losses(x, "nll_loss", target, weight, ignore_index, reduction, 0.0)
+
+
+def _token_losses(
+    x: LazyLogits, name: str, target: Any, weight: Any, ignore: int, reduction: str, smoothing: float
+) -> Any:
+    view = x.view_of
+    place = x.dim() - 1 if view.vocab_dim == -1 else view.vocab_dim
+    if isinstance(target, LazyLogits) or target.is_floating_point() or weight is not None:
+        return NotImplemented
+    if (
+        place != (0 if x.dim() == 1 else 1)
+        or target.shape != view.rows.shape
+        or reduction not in ("mean", "sum", "none")
+    ):
+        return NotImplemented
+    kept = target != ignore
+    rows, ids = view.rows[kept], target[kept]
+    vocab = view.mapping.vocab
+    if x.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise IndexError(f"Target {wrong} is out of bounds.")
+    if x.device.type != "cpu":
+        torch._assert_async(((ids >= 0) & (ids < vocab)).all())
+    losses = -_logps(x, name, rows, ids)
+    if smoothing:
+        some = made(x, replace(view, rows=rows, vocab_dim=-1))
+        uniform = _lse(some, name) - _mean(some, name)
+        losses = (1 - smoothing) * losses + smoothing * uniform
+    if reduction == "none":
+        every = losses.new_zeros(target.shape)
+        every = every.masked_scatter(kept, losses)
+        return every.to(x.dtype)
+    total = losses.sum()
+    return (total / kept.sum() if reduction == "mean" else total).to(x.dtype)
+
+
+@handles("kl_div")
+def _kl_div(
+    x: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """Against a plain distribution: its entropy is its own, and the cross term is a sum over tokens ``t * log p``."""
+    view = x.view_of if isinstance(x, LazyLogits) else None
+    if view is None or isinstance(target, LazyLogits) or view.kind != "log_probs" or view.factor != 1:
+        return NotImplemented
+    if reduction not in ("sum", "batchmean", "mean") or target.shape != x.shape or target.requires_grad:
+        return NotImplemented
+    if view.vocab_dim != -1 or size_average is not None or reduce is not None:
+        return NotImplemented
+    rows = view.rows.reshape(-1)
+    flat = target.reshape(rows.numel(), -1)
+    losses = torch.zeros(rows.numel(), dtype=view.root.acc, device=rows.device)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for of, logits in view.root.logits(view.mapping, rows):
+            losses[of] = F.kl_div(
+                logits.log_softmax(-1), flat[of].to(logits), reduction="none", log_target=log_target
+            ).sum(-1)
+    view.root.count(rows.numel())
+
+    def terms(g: Tensor) -> Terms:
+        probs = flat.exp() if log_target else flat
+        return view.terms_of_dense((-probs * g.reshape(-1, 1)).reshape(x.shape))
+
+    total = _number(x, "kl_div", losses, terms).sum()
+    by = {"sum": 1, "batchmean": x.shape[0], "mean": x.numel()}[reduction]
+    return (total / by).to(x.dtype)
