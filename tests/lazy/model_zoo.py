@@ -65,6 +65,8 @@ _SAME: tuple[tuple[Any, str], ...] = (
     (2.0, "final_logit_softcapping logits_soft_cap output_logit_soft_cap"),
     (0.3, "logit_scale lm_head_multiplier output_multiplier"),
     (3.0, "logits_scaling logits_mup_width_multiplier"),
+    (0.1, "z_loss_coefficient"),
+    (4, "max_inference_chunksize"),  # xLSTM then caps its logits chunk by chunk, in place
 )
 SIZES: dict[str, Any] = {name: value for value, names in _SAME for name in names.split()}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -152,6 +154,19 @@ _TEXTS = {
 }
 for _name, _family in _TEXTS.items():
     SPECIAL[_name] = {f"text_config.{key}": value for key, value in SPECIAL[_family].items()}
+# Three axes share the rotary pairs of a head.
+for _name, _sections in {
+    "Glm46VForConditionalGeneration": [2, 1, 1],
+    "Glm4vForConditionalGeneration": [2, 1, 1],
+    "Glm4vMoeForConditionalGeneration": [1, 1, 0],
+    "GlmOcrForConditionalGeneration": [2, 1, 1],
+    "HunYuanVLForConditionalGeneration": [2, 1, 1],
+    "PaddleOCRVLForConditionalGeneration": [2, 1, 1],
+    "Qwen2VLForConditionalGeneration": [2, 1, 1],
+    "Qwen2_5_VLForConditionalGeneration": [2, 1, 1],
+    "Qwen2_5OmniThinkerForConditionalGeneration": [2, 1, 1],
+}.items():
+    SPECIAL.setdefault(_name, {})["text_config.rope_parameters"] = {**_ROPE, "mrope_section": _sections}
 TRAINS_IN_TRAINING_MODE = ("ReformerModelWithLMHead",)  # it refuses gradients otherwise; its dropouts are zero above
 # What cannot be run on tokens alone.
 NEEDS = {
@@ -182,8 +197,6 @@ def _shrunk(config: PreTrainedConfig, special: dict[str, Any]) -> dict[str, Any]
             chosen[key] = {**_shrunk(inner, own), "model_type": inner.model_type}
         elif key in SIZES:
             chosen[key] = _small(key, value)
-        elif key == "rope_parameters" and "mrope_section" in (value or {}):
-            chosen[key] = {**value, "mrope_section": [2, 1, 1]}
         elif key.endswith(("_token_id", "_token_index")) and isinstance(value, int | list):
             chosen[key] = _TOKENS.get(key, VOCAB - 1)
     for counter in ("num_hidden_layers", "num_layers", "n_layer"):

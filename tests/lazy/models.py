@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
 from orpo_kernels.integrations import fuse, fusion_report, unfuse
-from tests.lazy.model_zoo import LENGTH, NAMES, NotBuilt, build, inputs_of
+from tests.lazy.model_zoo import KINDS, LENGTH, NAMES, NotBuilt, build, inputs_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD, TABLE = DOCS / "models.json", DOCS / "models.md"
@@ -39,6 +39,7 @@ class Outcome:
     name: str
     status: str  # "fused", "materialises", "refused" or "not built"
     detail: str = ""
+    chain: str = ""  # what the class's own loss did to the logits, from the head on
     generates: bool = False  # the same tokens, fused and not; False where the stock class generates none here
 
 
@@ -66,11 +67,15 @@ def examine(name: str) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is in the report
         fuse(model)
-        fused = {consumer.__name__: step(model, consumer) for consumer in CONSUMERS}
-    report = fusion_report(model)
-    assert report.fused is (report.refusal is None), f"{name}: {report}"
-    if report.fused:
-        assert report.calls == len(CONSUMERS), f"{name}: {report.calls} lazy calls of the head in {len(CONSUMERS)} steps"
+        report, fused = fusion_report(model), {}
+        chain = ""
+        for consumer in CONSUMERS:
+            fused[consumer.__name__] = step(model, consumer)
+            chain = chain or ", ".join(f"`{each}`" for each in report.chains)
+    lazily = report.fused
+    assert lazily is (report.refusal is None), f"{name}: {report}"
+    if lazily:
+        assert report.calls == FORWARDS, f"{name}: {report.calls} of {FORWARDS} forwards gave lazy logits"
         for consumer, found in fused.items():
             assert_as_accurate(f"{name}, {consumer}", found, stock[consumer], exact[consumer])
     else:
@@ -83,8 +88,8 @@ def examine(name: str) -> Outcome:
     unfuse(model)
     for consumer in CONSUMERS:
         assert_same(f"{name}, unfused, {consumer.__name__}", step(model, consumer), stock[consumer.__name__])
-    status = "refused" if not report.fused else "materialises" if operations else "fused"
-    return Outcome(name, status, report.refusal or ", ".join(operations), tokens is not None)
+    status = "refused" if not lazily else "materialises" if operations else "fused"
+    return Outcome(name, status, report.refusal or ", ".join(operations), chain, tokens is not None)
 
 
 def stock_steps(model: Any) -> dict[str, Step]:
@@ -97,23 +102,52 @@ def stock_steps(model: Any) -> dict[str, Step]:
 
 def own_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that the class computes when it is given labels."""
-    inputs, labels = inputs_of(model)
-    loss = model(**inputs, labels=labels[..., None] if type(model).__name__.startswith("Musicgen") else labels).loss
+    loss = _with_labels(model).loss
     return loss, {"loss": loss}
 
 
 def logprobs(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of the next tokens with an upstream gradient each, and the logits' mean for a log."""
-    inputs, labels = inputs_of(model)
-    logits = model(**inputs).logits
-    kept = labels[:, 1:] != -100
-    scores = torch.log_softmax(logits[:, logits.shape[1] - LENGTH : -1], dim=-1)
-    logps = scores.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1) * kept
+    logits = model(**inputs_of(model)[0]).logits
+    logps = _logps(model, logits)
     upstream = torch.linspace(-0.5, 1.0, logps.numel()).view_as(logps)
     return (logps * upstream).sum(), {"logps": logps, "mean": logits.float().mean().detach()}
 
 
-CONSUMERS: Sequence[Callable[[Any], tuple[Tensor, dict[str, Tensor]]]] = (own_loss, logprobs)
+def preference(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Both in one step, beside a reference without gradients, with accuracy and entropy for a log."""
+    with torch.no_grad():
+        reference = _logps(model, model(**inputs_of(model)[0]).logits)
+    output = _with_labels(model)
+    logps = _logps(model, output.logits)
+    chosen, rejected = (logps - 0.5 * reference).sum(-1)
+    with torch.no_grad():
+        scores = _scores(output.logits)
+        entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
+        hits = (scores.argmax(-1) == inputs_of(model)[1][:, 1:]).float().mean()
+    loss = output.loss - F.logsigmoid(chosen - rejected)
+    return loss, {"logps": logps, "reference": reference, "entropy": entropy, "hits": hits}
+
+
+def _with_labels(model: Any) -> Any:
+    inputs, labels = inputs_of(model)
+    codebooks = type(model).__name__.startswith("Musicgen")
+    return model(**inputs, labels=labels[..., None] if codebooks else labels)
+
+
+def _scores(logits: Tensor) -> Tensor:
+    """Of the next tokens; some classes put positions of their own before those of the tokens."""
+    return logits[:, logits.shape[1] - LENGTH : -1]
+
+
+def _logps(model: Any, logits: Tensor) -> Tensor:
+    labels = inputs_of(model)[1][:, 1:]
+    logps = torch.log_softmax(_scores(logits), dim=-1)
+    return logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * (labels != -100)
+
+
+CONSUMERS: Sequence[Callable[[Any], tuple[Tensor, dict[str, Tensor]]]] = (own_loss, logprobs, preference)
+FORWARDS = 4  # of the model in a step of each
 
 
 def step(model: Any, consumer: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]) -> Step:
@@ -193,20 +227,29 @@ def load() -> tuple[dict[str, str], list[Outcome]]:
 
 def table(versions: dict[str, str], outcomes: list[Outcome]) -> str:
     """Markdown: how many of each kind, and a line for each class."""
-    count = Counter(each.status for each in outcomes)
-    built = len(outcomes) - count["not built"]
     lines = [
-        f"transformers {versions['transformers']}, torch {versions['torch']}: of {len(outcomes)} classes {built} were "
-        f"built, {count['fused']} fused with nothing materialised, {count['materialises']} fused with an operation that "
-        f"needs the logits, {count['refused']} refused; {sum(each.generates for each in outcomes)} generate the same "
-        "tokens.",
+        f"Recorded with transformers {versions['transformers']} and torch {versions['torch']}.",
         "",
-        "| class | | what, or why not | generate |",
-        "|---|---|---|---|",
+        "| | classes | built | fused | of them with full logits | refused | same tokens |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    for kind in (*dict.fromkeys(KINDS.values()), "all"):
+        group = [each for each in outcomes if kind in (KINDS.get(each.name), "all")]
+        count = Counter(each.status for each in group)
+        numbers = (
+            len(group),
+            len(group) - count["not built"],
+            count["fused"] + count["materialises"],
+            count["materialises"],
+            count["refused"],
+            sum(each.generates for each in group),
+        )
+        lines.append(f"| {kind} | " + " | ".join(map(str, numbers)) + " |")
+    lines += ["", "| class | | its own loss, or why not | tokens |", "|---|---|---|---|"]
     for each in outcomes:
-        generate = "" if each.status == "not built" else "same tokens" if each.generates else "not compared"
-        lines.append(f"| {each.name} | {each.status} | {each.detail.replace('|', '/')} | {generate} |")
+        said = "; ".join(filter(None, (each.chain, each.detail))).replace("|", "/")
+        tokens = "" if each.status == "not built" else "same" if each.generates else "not compared"
+        lines.append(f"| {each.name} | {each.status} | {said} | {tokens} |")
     return "\n".join(lines) + "\n"
 
 
