@@ -17,19 +17,29 @@ __all__ = [
     "TRAINERS",
     "fuse",
     "fusion_report",
+    "patch_transformers",
     "patch_trl",
     "patched_trl",
     "unfuse",
+    "unpatch_transformers",
     "unpatch_trl",
 ]
 
 if TYPE_CHECKING:
-    from orpo_kernels.integrations.lazy.heads import fuse, fusion_report, unfuse
+    from orpo_kernels.integrations.lazy.heads import (
+        fuse,
+        fusion_report,
+        patch_transformers,
+        unfuse,
+        unpatch_transformers,
+    )
+
+LAZY = ("fuse", "fusion_report", "patch_transformers", "unfuse", "unpatch_transformers")
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is asked for: a launcher must not import it before its script does."""
-    if name in ("fuse", "fusion_report", "unfuse"):
+    if name in LAZY:
         return getattr(importlib.import_module("orpo_kernels.integrations.lazy.heads"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

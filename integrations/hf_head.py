@@ -51,7 +51,7 @@ def head_module(model: nn.Module) -> nn.Linear | str:
         return "its head has forward hooks, which a fused loss would pass by"
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which a fused loss would pass by"
-    if not isinstance(vars(head).get("forward"), _Detour | None):
+    if not getattr(vars(head).get("forward"), "ours", "forward" not in vars(head)):
         return "its head's forward was replaced, which a fused loss would pass by"
     if not isinstance(head.weight, nn.Parameter) or head.weight.is_meta or head.weight.numel() == 0:
         return "its head's weight is sharded or offloaded"
@@ -59,10 +59,13 @@ def head_module(model: nn.Module) -> nn.Linear | str:
 
 
 class _Detour:
-    """Stands in for a head's forward: threads that asked for it take their own way, all others the head's."""
+    """Stands in for a head's forward: threads that asked for it take their own way, all others what was there."""
+
+    ours = True
 
     def __init__(self, head: nn.Linear) -> None:
         self.own = head.forward
+        self.before = vars(head).get("forward")  # lazy logits', or None
         self.ways: dict[int, Callable[[Tensor], Tensor]] = {}
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
     thread = threading.get_ident()
     with _DETOURS:
         here: Any = vars(head).get("forward")
-        if here is None:
+        if not isinstance(here, _Detour):
             here = head.forward = _Detour(head)  # type: ignore[method-assign]
         here.ways[thread] = way
     try:
@@ -89,6 +92,8 @@ def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
             del here.ways[thread]
             if not here.ways:
                 del head.forward
+                if here.before is not None:
+                    head.forward = here.before  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

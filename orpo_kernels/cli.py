@@ -24,12 +24,15 @@ from typing import Any
 import torch
 
 import orpo_kernels
+from orpo_kernels import integrations
 from orpo_kernels.integrations import TRAINERS, Trainer
 from orpo_kernels.startup import sitecustomize
 
 PREFIX = "orpo_kernels:"
+MODELS = "transformers.modeling_utils"  # whose import means that there will be models with logits
 # Where the first object of any training library is built: the class, so that a run in which nothing is patched says so.
-BUILT = {"transformers.trainer": "Trainer", "transformers.modeling_utils": "PreTrainedModel"}
+BUILT = {"transformers.trainer": "Trainer", MODELS: "PreTrainedModel"}
+TRAINERS_ONLY, REPORT = "ORPO_KERNELS_TRAINERS_ONLY", "ORPO_KERNELS_REPORT"  # where child processes find the options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,12 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
-        usage="%(prog)s [--backend NAME] [--workspace-bytes N] {SCRIPT | -m MODULE} [ARGS ...]",
-        help="run a training script, unmodified, with its trainers patched",
-        description="Run SCRIPT or MODULE as python would, with every trainer patched that it or a Python process it "
-        "starts imports. Also under torchrun (torchrun ... -m orpo_kernels run SCRIPT) and accelerate (accelerate "
-        "launch ... -m orpo_kernels run SCRIPT).",
+        usage="%(prog)s [--trainers-only] [--report] [--backend NAME] [--workspace-bytes N] "
+        "{SCRIPT | -m MODULE} [ARGS ...]",
+        help="run a training script, unmodified, without its models' full logits",
+        description="Run SCRIPT or MODULE as python would. The logits of every transformers model that it or a Python "
+        "process it starts calls are lazy, and the trainers known here have patches of their own. Also under torchrun "
+        "(torchrun ... -m orpo_kernels run SCRIPT) and accelerate (accelerate launch ... -m orpo_kernels run SCRIPT).",
     )
+    run.add_argument("--trainers-only", action="store_true", help="patch known trainers, and leave models alone")
+    run.add_argument("--report", action="store_true", help="say at the end what became of the lazy logits")
     run.add_argument("--backend", metavar="NAME", help="auto, or the only backend that will do (default: auto)")
     run.add_argument("--workspace-bytes", metavar="N", help="bound on the memory of a loss (default: 1 GiB)")
     run.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
@@ -59,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for variable, value in (
         ("ORPO_KERNELS_BACKEND", options.backend),
         ("ORPO_KERNELS_WORKSPACE_BYTES", options.workspace_bytes),
+        (TRAINERS_ONLY, "1" if options.trainers_only else None),
+        (REPORT, "1" if options.report else None),
     ):
         if value is not None:
             os.environ[variable] = value  # where child processes find it too
@@ -89,7 +97,8 @@ def run_script(target: str, arguments: Sequence[str], *, module: bool = False) -
 
     def report() -> None:
         if not (_told or _failed):
-            _say(f"patched nothing in this process: {target} never imported {' or '.join(homes)}")
+            known = homes if os.environ.get(TRAINERS_ONLY) else [MODELS, *homes]
+            _say(f"patched nothing in this process: {target} never imported {' or '.join(known)}")
 
     atexit.register(report)
     sys.excepthook = functools.partial(_their_traceback, sys.excepthook)
@@ -125,8 +134,28 @@ def imported(name: str) -> None:
     for trainer in TRAINERS:
         if name in trainer.homes:
             _patch(trainer)
-    if name in BUILT:
+    if name in BUILT and os.environ.get(TRAINERS_ONLY):
         _when_first_built(getattr(sys.modules[name], BUILT[name]), _built)
+    elif name == MODELS:
+        _make_lazy()
+
+
+def _make_lazy() -> None:
+    try:
+        integrations.patch_transformers()
+    except (ImportError, ValueError) as error:  # a version we do not know: the script runs as it would without us
+        _say(f"left the models of transformers alone: {error}")
+    else:
+        _say(f"logits of models of transformers {_version('transformers')} are lazy")
+        if os.environ.get(REPORT):
+            atexit.register(_report)
+
+
+def _report() -> None:
+    from orpo_kernels.integrations.lazy.heads import reports
+
+    for model, report in reports():
+        _say(f"{model}: {report}")
 
 
 def _patch(trainer: Trainer) -> None:

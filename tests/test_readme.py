@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from orpo_kernels import reference
-from orpo_kernels.integrations import unpatch_trl
+from orpo_kernels.integrations import unfuse, unpatch_trl
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,6 +63,23 @@ def run_snippets(*calls: str) -> dict[str, Any]:
         (snippet,) = (text for text in snippets("python") if call in text)
         exec(snippet, namespace)
     return namespace
+
+
+def test_any_model_from_code(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_snippets("fuse(")
+    model, tokens = found["model"], found["tokens"]
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    printed = capsys.readouterr().out
+    assert printed.startswith("fused: 1 calls of the head gave lazy logits")
+    assert "full logits" not in printed
+    logits = unfuse(model)(tokens).logits[:, :-1] / 0.7
+    logps = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found["logps"], logps)
+    assert found["accuracy"] == (logits.argmax(-1) == tokens[:, 1:]).float().mean()
+    model.zero_grad()
+    (-logps.mean()).backward()
+    for ours, parameter in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_in_a_loop_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:

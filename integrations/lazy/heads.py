@@ -1,12 +1,14 @@
 """``fuse(model)``: let a model's head return lazy logits, so that any loss made of them is computed without them.
 
+``patch_transformers`` does so for every model that a script calls.
+
 The head module's ``forward`` is replaced, nothing else: its own hooks run, and the model is called as before.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,19 @@ from orpo_kernels.integrations.lazy.stand_in import lazy_logits
 from orpo_kernels.integrations.trainer import Settings
 from orpo_kernels.settings import Head, Needs
 
+# Libraries whose patched forward of a model computes its loss from hidden states, and does not call the head.
+LOSS_WITHOUT_HEAD = ("liger_kernel", "unsloth", "unsloth_zoo", "unsloth_compiled_cache")
+
 _reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+_met: list[tuple[str, Report]] = []
 _sites: weakref.WeakKeyDictionary[nn.Module, list[_LazyForward]] = weakref.WeakKeyDictionary()
 _watching: list[Any] = []  # the handle of the optimisers' hook, once there is one
 
 
 class _LazyForward:
     """Stands in for the forward of a head."""
+
+    ours = True  # as other code of this package asks a forward that was replaced
 
     def __init__(self, head: nn.Linear, site: Site) -> None:
         self.head, self.site, self.own = head, site, head.forward
@@ -45,7 +53,7 @@ class _LazyForward:
         if input.dtype != weight.dtype:
             return self.own(input)  # whose error names both
         needs = Needs.of(input, Head(weight, bias))
-        root = Root(self.site, input.reshape(-1, input.shape[-1]), weight, bias, needs)
+        root = Root(self.site, input, weight, bias, needs)
         self.site.report.calls += 1
         return lazy_logits(root, input, weight, bias, input.dtype)
 
@@ -91,7 +99,7 @@ def fuse(
     if head is not None and all(head is not module for module in model.modules()):
         raise ValueError("head must be a module of the model, got one that is no part of it: pass its own")
     found = [head] if head is not None else heads_of(model)
-    report = _reports.setdefault(model, Report())
+    report = fusion_report(model)
     if isinstance(found, str):
         report.refusal = found
         report.note(f"{type(model).__name__} is not fused, because {found}")
@@ -124,11 +132,69 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def fusion_report(model: nn.Module) -> Report:
     """What became of the model's lazy logits since ``fuse`` or the report's ``reset``."""
-    return _reports.setdefault(model, Report())
+    if model not in _reports:
+        _reports[model] = Report()
+        _met.append((type(model).__name__, _reports[model]))
+    return _reports[model]
+
+
+def patch_transformers(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:
+    """``fuse`` every model of transformers that can generate, when it is first called, whoever trains it.
+
+    Models may exist already. Patching twice is patching once, with the settings of the second for models to come.
+
+    Args:
+        backend, workspace_bytes: as ``fuse`` has them.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: no such backend or number of bytes.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    _Everywhere.settings = Settings.chosen(backend, workspace_bytes)
+    PreTrainedModel.__call__ = _Everywhere.call
+
+
+def unpatch_transformers() -> None:
+    """Give transformers' models their own call back, and those that were fused by it their head's forward."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    if vars(PreTrainedModel).get("__call__") is _Everywhere.call:
+        del PreTrainedModel.__call__
+    for model in list(_Everywhere.seen):
+        unfuse(model)
+    _Everywhere.seen.clear()
+
+
+class _Everywhere:
+    """What ``patch_transformers`` has put in place."""
+
+    settings = Settings()
+    seen: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    @staticmethod
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``PreTrainedModel.__call__``."""
+        if not torch.compiler.is_compiling() and model not in _Everywhere.seen:
+            from transformers.generation import GenerationMixin
+
+            _Everywhere.seen.add(model)
+            if isinstance(model, GenerationMixin):
+                fuse(model, **_Everywhere.settings._asdict())
+        return nn.Module.__call__(model, *args, **kwargs)
+
+
+def reports() -> list[tuple[str, Report]]:
+    """The class and the report of every model that ``fuse`` has met, also of those that are gone."""
+    return list(_met)
 
 
 def heads_of(model: nn.Module) -> list[nn.Linear] | str:
     """The linear modules that make the model's logits, or why there is none to replace."""
+    whose = getattr(getattr(model.forward, "__func__", model.forward), "__module__", "").partition(".")[0]
+    if whose in LOSS_WITHOUT_HEAD:
+        return f"its forward is {whose}'s, which computes its loss without calling the head"
     try:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -141,6 +207,6 @@ def heads_of(model: nn.Module) -> list[nn.Linear] | str:
     for module in found:
         if type(module) is not nn.Linear:
             return f"its head is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
-        if "forward" in vars(module) and not isinstance(module.forward, _LazyForward):
+        if "forward" in vars(module) and not getattr(module.forward, "ours", False):
             return "its head's forward was replaced already"
     return found

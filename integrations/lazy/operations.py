@@ -51,9 +51,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def values(x: LazyLogits, operation: str) -> Tensor:
-    """The full logits, on the graph; kept while the stand-in lives, so that they are computed once."""
+    """The full logits, on the graph; kept while the stand-in lives, so that they are computed once.
+
+    Without gradient, logits of one position a sequence are what generation reads: no word about them.
+    """
     if x.own is None or (not x.changed and x.requires_grad and torch.is_grad_enabled() and not x.own.requires_grad):
-        x.view_of.root.site.report.materialise(" > ".join((*x.view_of.chain, operation)), x.view_of.bytes)
+        view = x.view_of
+        if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
+            view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
         x.own = DenseNode.apply(x)
     own: Tensor = x.own
     return own

@@ -59,10 +59,12 @@ class Root:
     """One call of a head on ``hidden [rows, H]``; its tensors unknown to autograd."""
 
     def __init__(self, site: Site, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> None:
-        self.site, self.hidden, self.needs = site, hidden.detach(), needs
+        self.site, self.needs = site, needs
+        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.sequences = hidden.shape[:-2].numel()
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
         self._version = self._weight._version if not weight.is_inference() else None
-        self.rows = torch.arange(hidden.shape[0], device=hidden.device)
+        self.rows = torch.arange(self.hidden.shape[0], device=hidden.device)
         self.acc = acc_dtype(hidden.dtype)
         self.hints: Tensor | None = None  # [rows], a label that was asked for: the best shift of its row
         self.tables: dict[Any, Table] = {}

@@ -18,9 +18,11 @@ from orpo_kernels.startup import sitecustomize
 pytestmark = pytest.mark.slow  # whole processes
 
 STOCK = Path(__file__).parent / "stock_script.py"
+READERS = Path(__file__).parent / "stock_readers.py"
 PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
 FUSED = "orpo_kernels: fused the loss of this ORPOTrainer: plan "
-HOMES = "trl.experimental.orpo.orpo_trainer or trl.trainer.orpo_trainer"
+LAZY = "orpo_kernels: logits of models of transformers "
+HOMES = "transformers.modeling_utils or trl.experimental.orpo.orpo_trainer or trl.trainer.orpo_trainer"
 LAUNCH = ("-m", "orpo_kernels", "run")
 
 
@@ -68,8 +70,33 @@ def test_a_stock_script_gives_the_same_metrics(stock: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(PATCHED) == 1
     assert done.stderr.count(FUSED) == 1
+    assert done.stderr.count(LAZY) == 1
     assert "patched nothing" not in done.stderr
     assert_same(stock, tmp_path / "ours.json")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo", "smoothing", "loop"])
+def test_scripts_that_are_no_trainers_of_ours(objective: str, tmp_path: Path) -> None:
+    """The same losses as without the launcher, in the script and in a child process, and no logits in full."""
+    done = run(READERS, objective, "stock.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = script(tmp_path, "import os, sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n")
+    for name, command in (("ours.json", [READERS]), ("child.json", [path, READERS])):
+        done = run(*LAUNCH, "--report", *command, objective, name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(LAZY) == 1
+        assert "LlamaForCausalLM: fused: " in done.stderr
+        assert "full logits" not in done.stderr
+        expected, found = (json.loads((tmp_path / of).read_text()) for of in ("stock.json", name))
+        assert len(found) >= 3
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_trainers_only(tmp_path: Path) -> None:
+    done = run(*LAUNCH, "--trainers-only", "--report", READERS, "loop", "ours.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert LAZY not in done.stderr
+    assert "LlamaForCausalLM: fused" not in done.stderr
 
 
 def test_child_processes_inherit_the_patch(stock: Path, tmp_path: Path) -> None:
@@ -192,7 +219,7 @@ def test_what_is_built_unpatched_is_said_when_it_is_built(tmp_path: Path) -> Non
         "def build(cls):\n    cls()\n    print(cls.__name__, file=sys.stderr)\n"
         "for cls in (Model, Model, SFTTrainer, SFTTrainer):\n    build(cls)\n",
     )
-    done = run(*LAUNCH, path, folder=tmp_path)
+    done = run(*LAUNCH, "--trainers-only", path, folder=tmp_path)
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         "orpo_kernels: patched nothing so far: a Model is built and no trl ORPOTrainer was imported",
