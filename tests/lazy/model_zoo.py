@@ -1,7 +1,7 @@
-"""Every causal and text-to-text class of the installed transformers, tiny: from its configuration, without a network.
+"""Every class of the installed transformers that makes logits of text, tiny: from its configuration, no network.
 
-A configuration is taken as it comes and every size in it is replaced by a small one of the same meaning, so that a class
-nobody here has heard of is built as well. What a family demands beside that is a row of ``SPECIAL``.
+A configuration is taken as it comes and every size in it is replaced by a small one of the same meaning, so that a
+class nobody here has heard of is built as well. What a family demands beside that is a row of ``SPECIAL``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
@@ -176,7 +176,7 @@ NEEDS = {
 }
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """Why a class has no tiny form here."""
 
 
@@ -248,10 +248,10 @@ def _kv_heads(given: dict[str, Any]) -> dict[str, Any]:
 def build(name: str) -> Any:
     """The class, tiny, in float32 and without dropout, with a head whose logits are far from equal.
 
-    Raises ``NotBuilt`` with the reason where it has no tiny form.
+    Raises ``NotBuiltError`` with the reason where it has no tiny form.
     """
     if name in NEEDS:
-        raise NotBuilt(NEEDS[name])
+        raise NotBuiltError(NEEDS[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -260,9 +260,9 @@ def build(name: str) -> Any:
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in cls(config).parameters())
         except Exception as error:
-            raise NotBuilt(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         if size > LARGEST:
-            raise NotBuilt(f"{size:,} parameters although every size that is known here was made small")
+            raise NotBuiltError(f"{size:,} parameters although every size that is known here was made small")
         torch.manual_seed(0)
         model = cls._from_config(tiny_config(name), attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():

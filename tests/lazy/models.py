@@ -1,13 +1,12 @@
 """What ``fuse`` does to each class of the zoo: fused, fused with an operation that needs the logits, or refused.
 
-``python -m tests.lazy.models`` records it for the installed transformers in ``docs/models.json`` and writes the table in
-``docs/models.md``; ``--render`` writes the table again from the record.
+``python -m tests.lazy.models`` records it for the installed transformers in ``docs/models.json`` and writes the table
+in ``docs/models.md``; ``--render`` writes the table again from the record.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 import warnings
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
 from orpo_kernels.integrations import fuse, fusion_report, unfuse
-from tests.lazy.model_zoo import KINDS, LENGTH, NAMES, NotBuilt, build, inputs_of
+from tests.lazy.model_zoo import KINDS, LENGTH, NAMES, NotBuiltError, build, inputs_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD, TABLE = DOCS / "models.json", DOCS / "models.md"
@@ -56,7 +55,7 @@ def examine(name: str) -> Outcome:
     try:
         model = build(name)
         stock = stock_steps(model)
-    except NotBuilt as reason:
+    except NotBuiltError as reason:
         return Outcome(name, "not built", str(reason))
     tokens = generated(model)
     head = model.get_output_embeddings()
@@ -93,11 +92,11 @@ def examine(name: str) -> Outcome:
 
 
 def stock_steps(model: Any) -> dict[str, Step]:
-    """A step of each consumer; NotBuilt where the class wants more than tokens."""
+    """A step of each consumer; NotBuiltError where the class wants more than tokens."""
     try:
         return {consumer.__name__: step(model, consumer) for consumer in CONSUMERS}
     except Exception as error:
-        raise NotBuilt(f"not on tokens alone: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise NotBuiltError(f"not on tokens alone: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def own_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ def test_class(name: str) -> None:
     """Right, and with the version that is recorded also what the record says of it."""
     found = models.examine(name)
     if SAME_VERSION and RECORDED[name].status != "not built":  # which may be for want of a package
-        assert found == RECORDED[name]
+        assert found == RECORDED[name], "record again: python -m tests.lazy.models"
 
 
 def test_the_record_holds_every_class() -> None:
