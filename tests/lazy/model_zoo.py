@@ -144,6 +144,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ZambaForCausalLM": _SHARED_BLOCK,
     "Zamba2ForCausalLM": {**_SHARED_BLOCK, "kv_channels": 16},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
+    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},  # its cache counts in multiples of 64
 }
 # Classes whose text configuration demands what the causal class of the family does.
 _TEXTS = {
