@@ -66,7 +66,6 @@ _SAME: tuple[tuple[Any, str], ...] = (
     (0.3, "logit_scale lm_head_multiplier output_multiplier"),
     (3.0, "logits_scaling logits_mup_width_multiplier"),
     (0.1, "z_loss_coefficient"),
-    (4, "max_inference_chunksize"),  # xLSTM then caps its logits chunk by chunk, in place
 )
 SIZES: dict[str, Any] = {name: value for value, names in _SAME for name in names.split()}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -144,7 +143,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ZambaForCausalLM": _SHARED_BLOCK,
     "Zamba2ForCausalLM": {**_SHARED_BLOCK, "kv_channels": 16},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
-    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},  # its cache counts in multiples of 64
+    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},  # its cache counts in 64s
 }
 # Classes whose text configuration demands what the causal class of the family does.
 _TEXTS = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ def examine(name: str) -> Outcome:
         model = build(name)
         stock = stock_steps(model)
     except NotBuiltError as reason:
-        return Outcome(name, "not built", str(reason))
+        return Outcome(name, "not built", textwrap.shorten(str(reason), 150, placeholder=" ..."))
     tokens = generated(model)
     head = model.get_output_embeddings()
     exact = {}
