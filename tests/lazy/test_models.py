@@ -22,6 +22,22 @@ def test_class(name: str) -> None:
         assert found == RECORDED[name], "record again: python -m tests.lazy.models"
 
 
+# Of each kind of head: a buffer in float32 that is added, a loss of the bfloat16 logits, a cap, a multiplier.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "BartForConditionalGeneration",
+        "T5ForConditionalGeneration",
+        "Gemma2ForCausalLM",
+        "CohereForCausalLM",
+    ],
+)
+def test_class_in_mixed_precision(name: str) -> None:
+    assert models.examine(name, autocast=True).status == "fused"
+
+
 def test_the_record_holds_every_class() -> None:
     if not SAME_VERSION:
         pytest.skip(f"recorded with transformers {VERSIONS['transformers']}, not {transformers.__version__}")
