@@ -96,6 +96,18 @@ def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
                     head.forward = here.before  # type: ignore[method-assign]
 
 
+def replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Put ``forward`` in the place of the head's own, under a detour if one is being taken; what was there."""
+    with _DETOURS:
+        here: Any = vars(head).get("forward")
+        if isinstance(here, _Detour):
+            own, here.own, here.before = here.own, forward, forward
+            return own
+        was = head.forward
+        head.forward = forward  # type: ignore[method-assign,assignment]
+        return was
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a model makes of its head's output ``z``: ``cap(logit_scale * (z + bias)) + shift`` of the first columns.
