@@ -64,7 +64,7 @@ class _Detour:
     ours = True
 
     def __init__(self, head: nn.Linear) -> None:
-        self.own = head.forward
+        self.own: Callable[[Tensor], Tensor] = head.forward
         self.before = vars(head).get("forward")  # lazy logits', or None
         self.ways: dict[int, Callable[[Tensor], Tensor]] = {}
 
@@ -101,9 +101,9 @@ def replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Cal
     with _DETOURS:
         here: Any = vars(head).get("forward")
         if isinstance(here, _Detour):
-            own, here.own, here.before = here.own, forward, forward
-            return own
-        was = head.forward
+            below, here.own, here.before = here.own, forward, forward
+            return below
+        was: Callable[[Tensor], Tensor] = head.forward
         head.forward = forward  # type: ignore[method-assign,assignment]
         return was
 

@@ -127,8 +127,10 @@ def _add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     if not isinstance(bias, Tensor) or isinstance(bias, LazyLogits) or bias.requires_grad or alpha != 1:
         return NotImplemented
     whole = bias.shape[-1:] == (view.mapping.vocab,) and bias.numel() == view.mapping.vocab and bias.dim() <= x.dim()
-    if not whole or view.kind != "logits" or view.vocab_dim != -1 or _widened(x, bias):
+    if not whole or view.kind != "logits" or view.vocab_dim != -1:
         return NotImplemented
+    if _widened(x, bias):  # bfloat16 logits of autocast, and a buffer in float32
+        return x.to(torch.result_type(torch.empty(0, dtype=x.dtype), bias)) + bias
     mapping = view.mapping.plus(bias.detach().reshape(-1).to(view.root.acc))
     return NotImplemented if mapping is None else copied(x, "add", mapping=mapping)
 

@@ -207,11 +207,11 @@ def _take(x: LazyLogits, own: Tensor) -> None:
             ChangedNode.apply(x, own)
 
 
-def written_below(x: LazyLogits, name: str) -> None:
-    """The values of x, into which something below Python has written, are what counts from now on."""
-    assert x.own is not None
+def changed_below(x: LazyLogits, operation: str) -> None:
+    """The values of x were written where Python does not see it."""
+    assert x.own is not None  # they were computed for that
     x.changed, x.own_version = True, x.own._version
-    _lose_others(x, name)
+    _lose_others(x, operation)
 
 
 def _lose_others(x: LazyLogits, name: str) -> None:

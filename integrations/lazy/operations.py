@@ -80,7 +80,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _outside_inference():
             return change(func, name, args[0], args[1:], kwargs)
     if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
-        with torch._C.DisableTorchFunctionSubclass():  # collectives are followed below Python, where all of them arrive
+        with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
             return func(*args, **kwargs)
     with _outside_inference():
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))

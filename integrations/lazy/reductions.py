@@ -89,19 +89,21 @@ def _mean(x: LazyLogits, operation: str) -> Tensor:
     return _number(x, operation, view.root.means(view.mapping, rows).view(view.rows.shape), terms)
 
 
-def _expected(x: LazyLogits, operation: str) -> Tensor:
-    """``sum_v p_v z_v`` of each row."""
+def _expected(x: LazyLogits, operation: str, *, log: bool = False) -> Tensor:
+    """``sum_v p_v z_v`` of each row, or with ``log`` ``sum_v p_v log p_v``."""
     view = x.view_of
     rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
-    expected = table.moments(rows).expected
+    found = table.moments(rows)
+    own = 0.0 if log else 1.0  # the derivatives differ by that of the log-sum-exp
 
     def terms(g: Tensor) -> Terms:
-        softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (1 - expected))
+        softmax = _spread(view, rows, g.reshape(-1).to(found.expected.dtype) * (own - found.expected))
         return {view.mapping.key: Term(view.mapping, softmax=softmax, weighted=_spread(view, rows, g))}
 
-    return _number(x, operation, expected.view(view.rows.shape), terms)
+    values = -found.entropy if log else found.expected
+    return _number(x, operation, values.view(view.rows.shape), terms)
 
 
 def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
@@ -170,7 +172,7 @@ def _row_means(x: LazyLogits, operation: str) -> Tensor | None:
     if view.kind == "log_probs":
         return (_mean(x, operation) - _lse(x, operation)) * view.factor
     if view.kind == "probs_log_probs":
-        return (_expected(x, operation) - _lse(x, operation)) * (view.factor / view.mapping.vocab)
+        return _expected(x, operation, log=True) * (view.factor / view.mapping.vocab)
     if view.kind == "probs_logits":
         return _expected(x, operation) * (view.factor / view.mapping.vocab)
     return None

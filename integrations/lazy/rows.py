@@ -309,7 +309,7 @@ class Table:
         assert self._moments is not None or rows.numel() == 0
         if self._moments is None:
             empty = self.logps[rows]
-            return Moments(empty, empty, self.ids[rows])
+            return Moments(empty, empty, empty, self.ids[rows])
         return Moments(*(values[rows] for values in self._moments))
 
     def _missing(self, rows: Tensor, known: Tensor) -> Tensor:

@@ -188,10 +188,11 @@ class LazyLogits(torch.Tensor):
             )
         values = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: computed(x, str(func)), (args, kwargs))
         result = func(*values[0], **values[1])
-        for x in written:  # by a collective, whose result arrives in the values that were computed
-            from orpo_kernels.integrations.lazy.memory import written_below
+        if written:  # by a collective, whose result arrives in the values that were computed
+            from orpo_kernels.integrations.lazy.memory import changed_below
 
-            written_below(x, str(func))
+            for x in written:
+                changed_below(x, str(func))
         return result
 
 

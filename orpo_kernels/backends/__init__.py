@@ -66,7 +66,8 @@ class Part(NamedTuple):
 class Moments(NamedTuple):
     """Of rows of capped logits ``z [V]``, ``[n]`` each, accumulation dtype."""
 
-    expected: Tensor  # sum_v p_v z_v with p = softmax(z): the entropy is the log-sum-exp less it
+    expected: Tensor  # sum_v p_v z_v with p = softmax(z)
+    entropy: Tensor  # -sum_v p_v log p_v; the log-sum-exp less the expected would cancel where a row is sure
     mean: Tensor  # mean over V
     argmax: Tensor  # int64, where the largest logit is; the first of equal ones
 
@@ -79,28 +80,35 @@ class MomentSums:
 
     def __init__(self, shift: Tensor) -> None:
         self.shift = shift
-        self.sums = shift.new_zeros(2, shift.shape[0])  # of exp(u - largest) and exp(u - largest) * u; u = z - shift
+        # Of exp(u - largest) and exp(u - largest) * (u - largest), u = z - shift: the entropy is then made of terms of
+        # one sign.
+        self.sums = shift.new_zeros(2, shift.shape[0])
         self.total = torch.zeros_like(shift)
-        self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min)
+        self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min / 2)
         self.argmax = torch.zeros_like(shift, dtype=torch.int64)
 
     def add(self, first: int, shifted: Tensor) -> None:
         """Take ``shifted [s, n]``, the logits of tokens ``first`` to ``first + s`` less the shift."""
         shifted = shifted.to(self.shift.dtype)
         self.total += shifted.sum(0)
-        # A masked token, whose logit is -inf, has no part in the expectation.
-        shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min)
+        # A masked token, whose logit is -inf, has no part in the expectation: zero times a number that is finite.
+        shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min / 4)
         largest, place = shifted.max(0)
         self.argmax = torch.where(largest > self.largest, place + first, self.argmax)
         largest = torch.maximum(largest, self.largest)
-        exps = (shifted - largest).exp_()
-        self.sums *= (self.largest - largest).exp()
-        self.sums += torch.stack([exps.sum(0), exps.mul_(shifted).sum(0)])
+        below = shifted - largest
+        exps = below.exp()
+        moved = self.largest - largest
+        self.sums[1] += self.sums[0] * moved
+        self.sums *= moved.exp()
+        self.sums += torch.stack([exps.sum(0), exps.mul_(below).sum(0)])
         self.largest = largest
 
     def moments(self, vocab: int) -> Moments:
         exps, weighted = self.sums.unbind()
-        return Moments(self.shift + weighted / exps, self.shift + self.total / vocab, self.argmax)
+        below = weighted / exps
+        expected = self.shift + (self.largest + below)
+        return Moments(expected, exps.log() - below, self.shift + self.total / vocab, self.argmax)
 
 
 class Found(NamedTuple):
