@@ -18,7 +18,6 @@ from orpo_kernels.integrations.lazy.registry import in_place
 from orpo_kernels.integrations.lazy.rows import Column
 from orpo_kernels.integrations.lazy.stand_in import ChangedNode, DenseNode, Edit, LazyLogits, View, keep
 
-
 _LOST = (
     "orpo_kernels: {} changed lazy logits in place, and this view of them, which was taken before, would have to "
     "follow: take the view after the change, or unfuse(model)"

@@ -60,7 +60,9 @@ class Writer:
                 a, b = self.one_of("", 0, 1, -1, -2), self.one_of("", 1, 2, -1)
                 items.append(f"{a}:{b}" + (":2" if kind == "step" else ""))
             elif kind in ("int", "zero"):
-                items.append(str(self.number(-size, size - 1)) if kind == "int" else f"torch.tensor({self.number(0, size - 1)})")
+                items.append(
+                    str(self.number(-size, size - 1)) if kind == "int" else f"torch.tensor({self.number(0, size - 1)})"
+                )
             elif kind == "none":
                 items += ["None", ":"]
             elif kind in ("list", "tensor"):
@@ -373,8 +375,12 @@ def test_programs_agree() -> None:
     counts: Counter[str] = Counter()
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize="ORPO_KERNELS_RANDOM_EXAMPLES" not in os.environ, database=None,
-        suppress_health_check=list(HealthCheck), print_blob=False,
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize="ORPO_KERNELS_RANDOM_EXAMPLES" not in os.environ,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
     )
     @given(st.data(), SETTINGS, st.integers(1, 12), st.integers(0, 5), st.integers(1, 2))
     def run(data: Any, setting: Setting, length: int, seed: int, parts: int) -> None:
