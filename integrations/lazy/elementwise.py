@@ -62,7 +62,7 @@ def _product(a: LazyLogits, b: LazyLogits) -> Any:
     p, other = a.view_of, b.view_of
     if p.kind != "probs" or kind is None or p.vocab_dim != -1 or other.vocab_dim != -1 or not p.same_rows(other):
         return NotImplemented
-    if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
+    if (torch.is_grad_enabled() and a.requires_grad != b.requires_grad) or a.dtype != b.dtype:
         return NotImplemented
     return made(a, fresh(p.after("mul", kind=kind, factor=p.factor * other.factor)))
 
@@ -144,7 +144,7 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     if not view.same_rows(replace(view, rows=rows, mapping=mapping)):
         return NotImplemented
-    if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
+    if (torch.is_grad_enabled() and a.requires_grad != b.requires_grad) or a.dtype != b.dtype:
         return NotImplemented
     return copied(a, "sub", kind="log_probs")
 

@@ -83,10 +83,11 @@ def show(x: LazyLogits, result: Any) -> None:
                 y._orpo_view_of = x  # which has to see changes as long as its view is there
 
 
-def give_column(view: View, tensor: Tensor, token: int) -> None:
-    """Let a token's logits, as ``logits[..., token]`` has them, be known as what eager torch gives a view for."""
-    columns = view.root.columns
-    kept = tensor.detach()
+def give_column(x: LazyLogits, view: View, tensor: Tensor, token: int) -> None:
+    """Let a token's logits of ``x``, as ``x[..., token]`` has them, be known as what eager torch gives a view for."""
+    columns, kept = view.root.columns, tensor.detach()
+    if not (x.is_leaf and x.requires_grad):  # whose graph has the leaf in it, a cycle
+        x.columns.append(tensor)
     columns.append(Column(weakref.ref(tensor), kept, kept._version, memory_of(view), view.slots(), token))
     if len(columns) % 64 == 0:
         columns[:] = [each for each in columns if each.tensor() is not None or each.kept._version != each.version]
@@ -219,6 +220,13 @@ def _take(x: LazyLogits, own: Tensor) -> None:
         x.own = own
         if x.requires_grad and own.requires_grad and torch.is_grad_enabled():
             ChangedNode.apply(x, own)
+
+
+def changed_below(x: LazyLogits, operation: str) -> None:
+    """The values of x were written where Python does not see it."""
+    assert x.own is not None  # they were computed for that
+    x.changed, x.own_version = True, x.own._version
+    _lose_others(x, operation)
 
 
 def _lose_others(x: LazyLogits, name: str) -> None:

@@ -5,7 +5,7 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,18 @@ METADATA = frozenset(
     detach_ grad __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
+# Operations that take a tensor's shape, dtype and device for a new one.
+LIKE = frozenset(
+    """
+    new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
+    """.split()  # noqa: SIM905 - as above
+)
+# Operations that would leave the stand-in with another shape, which a tensor without memory cannot take.
+RESHAPES = frozenset(
+    """
+    squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ resize_ resize_as_ set_
+    """.split()  # noqa: SIM905 - as above
+)
 
 
 @torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
@@ -39,7 +51,12 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(x.own, *args[1:], **kwargs)  # which is what is used of it from now on
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
+    if name in LIKE:
+        like = torch.utils._pytree.tree_map_only(
+            LazyLogits, lambda x: torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape), (args, kwargs)
+        )
+        return func(*like[0], **like[1])
+    lazies = _lazies((*args, *kwargs.values()))
     for x in lazies:
         with _outside_inference():
             settle(x)
@@ -57,9 +74,17 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = HANDLERS[name](*args, **kwargs)
         if result is not NotImplemented:
             return result
+    if name in RESHAPES and args and isinstance(args[0], LazyLogits):
+        raise RuntimeError(
+            f"orpo_kernels: {name} would give lazy logits another shape in place, which they cannot take: use "
+            f"{name.removesuffix('_')}, which returns a tensor, or unfuse(model)"
+        )
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
         with _outside_inference():
             return change(func, name, args[0], args[1:], kwargs)
+    if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
+            return func(*args, **kwargs)
     with _outside_inference():
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     result = func(*args, **kwargs)
@@ -68,9 +93,22 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
+def _lazies(values: Iterable[Any]) -> list[LazyLogits]:
+    """The stand-ins among arguments, also in lists of them."""
+    found: list[LazyLogits] = []
+    for value in values:
+        if isinstance(value, LazyLogits):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _lazies(value)
+        elif isinstance(value, dict):
+            found += _lazies(value.values())
+    return found
+
+
 # Operations that autocast computes in float32. The lists are torch's own for each device type.
 RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
-RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "sum", "exp", "log"}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "logsumexp", "sum", "exp", "log"}
 
 
 def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
@@ -94,7 +132,7 @@ def _outside_inference() -> Iterator[None]:
 
 
 def _changes_first(func: Any, name: str) -> bool:
-    if name in ("__setitem__", "set_", "resize_", "resize_as_"):
+    if name == "__setitem__":
         return True
     in_place = (
         name.startswith("__i")
@@ -129,6 +167,13 @@ def _shown(x: LazyLogits, *_: Any, **__: Any) -> str:
 
 HANDLERS["__repr__"] = HANDLERS["__str__"] = _shown
 HANDLERS["__format__"] = lambda x, spec="": _shown(x)
+
+
+@handles("share_memory_")
+def _shared(x: LazyLogits) -> LazyLogits:
+    """No value changes: what shares memory with this tensor stays what it is."""
+    values(x, "share_memory_").share_memory_()
+    return x
 
 
 @handles("__reduce_ex__", "__deepcopy__")

@@ -106,17 +106,22 @@ class Root:
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
 
+    def held(self) -> Inputs | None:
+        """The tensors of the call, or None where nothing holds them any more."""
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
+        return inputs
+
     def inputs(self) -> Inputs:
         """The tensors of the call.
 
         Raises:
             RuntimeError: backward has freed them, or hidden was changed in place.
         """
-        inputs, node = self._inputs(), None if self.node is None else self.node()
-        if inputs is None and node is not None:
-            # Kept for the node's backward: what checkpoint saves may be unpacked once.
-            inputs = node.unpacked = Inputs(*node.saved_tensors)
-            self._inputs = weakref.ref(inputs)
+        inputs = self.held()
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
         if _version(inputs.hidden) != inputs.versions[0]:
@@ -138,25 +143,26 @@ class Root:
         """
         inputs = self.inputs()
         weight = inputs.weight
-        if weight.untyped_storage().nbytes() == 0 and weight.numel():  # sharded again after the head's forward
-            live: Any = self.site.module.weight
-            if hasattr(live, "full_tensor"):
-                live = live.full_tensor()
-            if live.shape == weight.shape and live.untyped_storage().nbytes():
-                bias: Any = self.site.module.bias
-                bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
-                return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
-            raise RuntimeError(
-                "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
-                "gathered again: compute it before, or unfuse(model)"
-            )
-        changed = _version(weight) != inputs.versions[1]
+        sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
+        changed = not sharded and _version(weight) != inputs.versions[1]
         if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        return weight, inputs.bias
+        if not sharded:
+            return weight, inputs.bias
+        live: Any = self.site.module.weight
+        if hasattr(live, "full_tensor"):
+            live = live.full_tensor()
+        if live.shape == weight.shape and live.untyped_storage().nbytes():
+            bias: Any = self.site.module.bias
+            bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+            return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+        raise RuntimeError(
+            "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
+            "gathered again: compute it before, or unfuse(model)"
+        )
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -234,6 +240,7 @@ class Root:
 
         weights = inputs.weight, inputs.bias
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)

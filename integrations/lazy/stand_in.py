@@ -64,7 +64,7 @@ class View:
         return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
 
     def dense(self) -> Tensor:
-        """What this stands for, computed."""
+        """What this stands for, computed; no view of anything, so that it may be changed in place."""
         root, rows = self.root, self.rows.reshape(-1)
         # Not a view of anything: autograd lets nobody change in place a view that a node returned.
         like = torch.empty((*self.rows.shape, self.mapping.vocab), device="meta")
@@ -127,6 +127,14 @@ class Edit(NamedTuple):
     graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
 
 
+# What the handlers themselves ask of a stand-in, many times an operation.
+_PLAIN = {torch.Tensor.dim}
+_PLAIN.update(
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn")
+)
+
+
 class LazyLogits(torch.Tensor):
     """A tensor of logits, or of what a loss first makes of them, that is not there."""
 
@@ -138,6 +146,7 @@ class LazyLogits(torch.Tensor):
     inputs: Inputs  # of the root, which live as long as this does
     own_version: int  # of ``own`` as it was computed
     edits: list[Edit]  # of views that share memory
+    columns: list[Tensor]  # single logits of a token, which may be changed in place with their last name gone
     columns_known: dict[int, int]  # versions of tensors, by id, whose changes it has taken over
 
     @staticmethod
@@ -146,7 +155,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
-        self.shown, self.columns_known = False, {}
+        self.shown, self.columns, self.columns_known = False, [], {}
         self.own_version, self.inputs = 0, view.root.inputs()
         views = view.root.views
         views.append(weakref.ref(self))
@@ -159,6 +168,9 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PLAIN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         from orpo_kernels.integrations.lazy.operations import call
 
         return call(func, args, kwargs or {})
@@ -169,15 +181,33 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
             return copy_of(args[0])
-        if any(argument.is_out or _mutates(argument) for argument in func._schema.arguments):
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if _mutates(argument) and isinstance(value, LazyLogits):
-                    raise RuntimeError(
-                        f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
-                        "unfuse(model) for such code"
-                    )
+        written = _written(func, args, kwargs)
+        if any(func.namespace != "c10d" or (x.requires_grad and torch.is_grad_enabled()) for x in written):
+            raise RuntimeError(
+                f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
+                "unfuse(model) for such code"
+            )
         values = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: computed(x, str(func)), (args, kwargs))
-        return func(*values[0], **values[1])
+        result = func(*values[0], **values[1])
+        if written:  # by a collective, whose result arrives in the values that were computed
+            from orpo_kernels.integrations.lazy.memory import changed_below
+
+            for x in written:
+                changed_below(x, str(func))
+        return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[LazyLogits]:
+    """The stand-ins that an operation writes into. Collectives do not declare it of their first argument."""
+    if func.namespace == "c10d":
+        into = args[:1] if func._opname.endswith("_") else ()
+    else:
+        declared = func._schema.arguments
+        into = (
+            *(value for argument, value in zip(declared, args, strict=False) if _mutates(argument)),
+            *(kwargs[argument.name] for argument in declared if _mutates(argument) and argument.name in kwargs),
+        )
+    return [x for x in torch.utils._pytree.tree_leaves(into) if isinstance(x, LazyLogits)]
 
 
 def _mutates(argument: Any) -> bool:
@@ -219,14 +249,14 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
-    inputs: Inputs  # of the root, which live as long as this does
+    inputs: Inputs | None  # of the root, which live as long as this does; a checkpoint's are gone before its backward
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
-        self.view_of, self.terms, self.inputs = view, terms, view.root.inputs()
+        self.view_of, self.terms, self.inputs = view, terms, view.root.held()
         return self
 
     def __init__(self, view: View, terms: Terms) -> None:

@@ -298,5 +298,5 @@ def _getitem(x: Any, index: Any) -> Any:
     whole = (*rows.shape, *ids.shape)
     out = taken(x, "getitem", rows[(..., *[None] * ids.dim())].expand(whole), ids.expand(whole))
     if last.dim() == 0 and out is not NotImplemented:  # eager torch gives a view here
-        give_column(replace(view, rows=rows), out, int(ids))
+        give_column(x, replace(view, rows=rows), out, int(ids))
     return out
