@@ -69,6 +69,7 @@ class Column(NamedTuple):
     """A token's logits of some rows, which in eager torch would be a view: a change of one is a change of both."""
 
     tensor: weakref.ref[Tensor]  # of the shape of ``slots``
+    kept: Tensor  # its memory, which tells of a change when it is gone
     version: int  # of the tensor as it was given out
     memory: int  # that would be shared, an address
     slots: Tensor  # of it
