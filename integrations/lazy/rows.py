@@ -65,6 +65,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Column(NamedTuple):
+    """A token's logits of some rows, which in eager torch would be a view: a change of one is a change of both."""
+
+    tensor: weakref.ref[Tensor]  # of the shape of ``slots``
+    version: int  # of the tensor as it was given out
+    memory: int  # that would be shared, an address
+    slots: Tensor  # of it
+    token: int
+
+
 _roots: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
 
 
@@ -90,10 +100,19 @@ class Root:
         self.expired = False
         self.stored = 0  # bytes of E that wait for backward
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
-        self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
+        self.columns: list[Column] = []
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
+
+    def held(self) -> Inputs | None:
+        """The tensors of the call, or None where nothing holds them any more."""
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
+        return inputs
 
     def inputs(self) -> Inputs:
         """The tensors of the call.
@@ -101,11 +120,7 @@ class Root:
         Raises:
             RuntimeError: backward has freed them, or hidden was changed in place.
         """
-        inputs, node = self._inputs(), None if self.node is None else self.node()
-        if inputs is None and node is not None:
-            # Kept for the node's backward: what checkpoint saves may be unpacked once.
-            inputs = node.unpacked = Inputs(*node.saved_tensors)
-            self._inputs = weakref.ref(inputs)
+        inputs = self.held()
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
         if _version(inputs.hidden) != inputs.versions[0]:
@@ -223,6 +238,7 @@ class Root:
 
         weights = inputs.weight, inputs.bias
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)

@@ -420,6 +420,13 @@ def a_forward_mode_derivative(model: Tiny, x: Tensor, y: Tensor) -> Any:
     return torch.func.jvp(lambda hidden: logps(model.head(hidden), y), (hidden,), (torch.ones_like(hidden),))
 
 
+@step
+def the_whole_model_under_reentrant_checkpoint(model: Tiny, x: Tensor, y: Tensor) -> Tensor:
+    loss = logps(checkpoint(model.head, model.hidden(x), use_reentrant=True), y).mean()
+    loss.backward()
+    return loss
+
+
 class OwnLoss(torch.autograd.Function):
     """Cross-entropy whose gradient overwrites the logits, as some libraries have it."""
 
