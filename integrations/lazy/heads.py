@@ -59,6 +59,13 @@ class _LazyForward:
         self.site.report.calls += 1
         return lazy_logits(root, input, weight, bias, input.dtype)
 
+    def replica(self) -> nn.Module:
+        """For ``nn.DataParallel``, which gathers the logits of all devices: the head with its stock forward."""
+        copy = nn.Module._replicate_for_data_parallel(self.head)
+        for name in ("forward", "_replicate_for_data_parallel"):
+            del vars(copy)[name]
+        return copy
+
     def _gains(self, input: Tensor) -> bool:
         """Whether logits are of a length and in a mode in which a loss may be made of them."""
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -111,11 +118,13 @@ def fuse(
     report.refusal, report.fused = None, True
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(expire))
+    ours = {id(module): forward for forward, module in _lazy_heads(model)}
     for module in found:
-        forward = vars(module).get("forward")
-        if not isinstance(forward, _LazyForward):  # also the head that took an earlier one's place
+        forward = ours.get(id(module))
+        if forward is None:  # also the head that took an earlier one's place
             forward = _LazyForward(module, Site(module, *settings))
             module.forward = forward  # type: ignore[method-assign,assignment]
+            module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
         forward.site.report = report
         forward.site.backend, forward.site.workspace_bytes = settings
     return model
@@ -123,11 +132,16 @@ def fuse(
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give the model's head its own forward back. Logits that are there already stay lazy."""
-    for forward in _forwards(model):
-        del forward.head.forward
-        forward.site.report.fused = False
-    if model in _reports:
-        _reports[model].fused = False
+    report = fusion_report(model)
+    for forward, module in _lazy_heads(model):
+        vars(module).pop("_replicate_for_data_parallel", None)
+        if vars(module).get("forward") is not forward:
+            module._old_forward = forward.own  # type: ignore[assignment]
+            continue
+        del module.forward
+        if module.forward != forward.own:  # one that somebody had put there
+            module.forward = forward.own  # type: ignore[method-assign]
+    report.fused = False
     return model
 
 
@@ -136,17 +150,31 @@ def fusion_report(model: nn.Module) -> Report:
 
     A copy of a fused model has a report of its own; models that share a head share its report.
     """
-    if model not in _reports:
-        there = _forwards(model)
-        _reports[model] = there[0].site.report if there else Report()
-        _met.append((type(model).__name__, _reports[model]))
-    return _reports[model]
+    heads = _lazy_heads(model)
+    if heads:
+        _reports[model] = heads[0][0].site.report
+    elif model not in _reports:
+        _reports[model] = Report()
+    report = _reports[model]
+    for forward, _ in heads:
+        if forward.site.report is not report:
+            report.take(forward.site.report)
+            forward.site.report = report
+    report.fused = bool(heads)
+    if all(report is not met for _, met in _met):
+        _met.append((type(model).__name__, report))
+    return report
 
 
-def _forwards(model: nn.Module) -> list[_LazyForward]:
-    """What stands for the forward of heads in the model, whoever put it there."""
-    found = [vars(module).get("forward") for module in model.modules()]
-    return [forward for forward in found if isinstance(forward, _LazyForward)]
+def _lazy_heads(model: nn.Module) -> list[tuple[_LazyForward, nn.Module]]:
+    """Heads that were fused, as they are in the model now: wrapped since, as peft does, copied or replaced."""
+    found = []
+    for module in model.modules():
+        for name in ("forward", "_old_forward"):  # where accelerate's hooks keep what they call
+            forward = vars(module).get(name)
+            if isinstance(forward, _LazyForward):
+                found.append((forward, module))
+    return found
 
 
 def patch_transformers(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:

@@ -207,6 +207,13 @@ def _take(x: LazyLogits, own: Tensor) -> None:
             ChangedNode.apply(x, own)
 
 
+def changed_below(x: LazyLogits, operation: str) -> None:
+    """The values of x were written where Python does not see it."""
+    assert x.own is not None  # they were computed for that
+    x.changed, x.own_version = True, x.own._version
+    _lose_others(x, operation)
+
+
 def _lose_others(x: LazyLogits, name: str) -> None:
     """Stand-ins that would have to follow a change of x cannot be used any more."""
     slots = x.view_of.slots()

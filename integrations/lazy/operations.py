@@ -79,6 +79,9 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
         with _outside_inference():
             return change(func, name, args[0], args[1:], kwargs)
+    if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
+            return func(*args, **kwargs)
     with _outside_inference():
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
     result = func(*args, **kwargs)

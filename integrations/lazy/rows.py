@@ -142,25 +142,26 @@ class Root:
         """
         inputs = self.inputs()
         weight = inputs.weight
-        if weight.untyped_storage().nbytes() == 0 and weight.numel():  # sharded again after the head's forward
-            live: Any = self.site.module.weight
-            if hasattr(live, "full_tensor"):
-                live = live.full_tensor()
-            if live.shape == weight.shape and live.untyped_storage().nbytes():
-                bias: Any = self.site.module.bias
-                bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
-                return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
-            raise RuntimeError(
-                "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
-                "gathered again: compute it before, or unfuse(model)"
-            )
-        changed = _version(weight) != inputs.versions[1]
+        sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
+        changed = not sharded and _version(weight) != inputs.versions[1]
         if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        return weight, inputs.bias
+        if not sharded:
+            return weight, inputs.bias
+        live: Any = self.site.module.weight
+        if hasattr(live, "full_tensor"):
+            live = live.full_tensor()
+        if live.shape == weight.shape and live.untyped_storage().nbytes():
+            bias: Any = self.site.module.bias
+            bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+            return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+        raise RuntimeError(
+            "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
+            "gathered again: compute it before, or unfuse(model)"
+        )
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key

@@ -64,7 +64,7 @@ class View:
         return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
 
     def dense(self) -> Tensor:
-        """What this stands for, computed."""
+        """What this stands for, computed; no view of anything, so that it may be changed in place."""
         root, rows = self.root, self.rows.reshape(-1)
         # Not a view of anything: autograd lets nobody change in place a view that a node returned.
         like = torch.empty((*self.rows.shape, self.mapping.vocab), device="meta")
@@ -180,15 +180,33 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
             return copy_of(args[0])
-        if any(argument.is_out or _mutates(argument) for argument in func._schema.arguments):
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if _mutates(argument) and isinstance(value, LazyLogits):
-                    raise RuntimeError(
-                        f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
-                        "unfuse(model) for such code"
-                    )
+        written = _written(func, args, kwargs)
+        if any(func.namespace != "c10d" or (x.requires_grad and torch.is_grad_enabled()) for x in written):
+            raise RuntimeError(
+                f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
+                "unfuse(model) for such code"
+            )
         values = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: computed(x, str(func)), (args, kwargs))
-        return func(*values[0], **values[1])
+        result = func(*values[0], **values[1])
+        if written:  # by a collective, whose result arrives in the values that were computed
+            from orpo_kernels.integrations.lazy.memory import changed_below
+
+            for x in written:
+                changed_below(x, str(func))
+        return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[LazyLogits]:
+    """The stand-ins that an operation writes into. Collectives do not declare it of their first argument."""
+    if func.namespace == "c10d":
+        into = args[:1] if func._opname.endswith("_") else ()
+    else:
+        declared = func._schema.arguments
+        into = (
+            *(value for argument, value in zip(declared, args, strict=False) if _mutates(argument)),
+            *(kwargs[argument.name] for argument in declared if _mutates(argument) and argument.name in kwargs),
+        )
+    return [x for x in torch.utils._pytree.tree_leaves(into) if isinstance(x, LazyLogits)]
 
 
 def _mutates(argument: Any) -> bool:

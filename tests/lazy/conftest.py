@@ -1,14 +1,3 @@
-"""One thread: the models are so small that starting a second takes longer than what it would do."""
+"""Tiny models: several threads in each of several workers cost more than they give."""
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.integrations.conftest import _one_thread  # noqa: F401
