@@ -116,7 +116,9 @@ def _tanh(x: LazyLogits) -> Any:
 def _tanh_(x: LazyLogits) -> Any:
     if x.requires_grad and not torch.is_grad_enabled():
         return NotImplemented
-    mapping = x.view_of.mapping.tanh() if x.view_of.kind == "logits" and not sharing(x) else None
+    mapping = (
+        x.view_of.mapping.tanh() if x.view_of.kind == "logits" and not (sharing(x) or x.view_of.root.columns) else None
+    )
     return NotImplemented if mapping is None else in_place(x, x.view_of.after("tanh", mapping=mapping))
 
 

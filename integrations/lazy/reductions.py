@@ -121,7 +121,8 @@ def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
     if view.kind in ("log_probs", "probs"):
         logps = _logps(x, operation, rows, ids)
         found = logps if view.kind == "log_probs" else logps.exp()
-        return (found if view.factor == 1 else found * view.factor).to(x.dtype)
+        # A product also by 1, as exp keeps its result, which somebody may change in place.
+        return (found * view.factor).to(x.dtype)
     return NotImplemented
 
 
@@ -142,7 +143,10 @@ def _take_along_dim(x: Any, indices: Any, dim: Any = None) -> Any:
     if not isinstance(x, LazyLogits) or dim is None or indices.dim() != x.dim() or not is_vocab(x, dim):
         return NotImplemented
     lead = torch.broadcast_shapes(indices.shape[:-1], x.shape[:-1])
-    return _gather(x, dim, indices.expand(*lead, indices.shape[-1])) if lead == x.shape[:-1] else NotImplemented
+    if lead != x.shape[:-1]:
+        return NotImplemented
+    # Which torch takes modulo the dimension, as gather does not.
+    return _gather(x, dim, indices.remainder(x.shape[-1]).expand(*lead, indices.shape[-1]))
 
 
 @handles("logsumexp")

@@ -65,13 +65,13 @@ class View:
 
     def dense(self) -> Tensor:
         """What this stands for, computed; no view of anything, so that it may be changed in place."""
-        root, rows = self.root, self.rows.reshape(-1)
-        # Not a view of anything: autograd lets nobody change in place a view that a node returned.
-        like = torch.empty((*self.rows.shape, self.mapping.vocab), device="meta")
-        like = like if self.vocab_dim == -1 else like.movedim(-1, self.vocab_dim)
-        out = torch.empty_strided(like.shape, like.stride(), dtype=self.dtype, device=rows.device)
-        flat = out if self.vocab_dim == -1 else out.movedim(self.vocab_dim, -1)
-        flat = flat.view(rows.numel(), self.mapping.vocab)
+        root = self.root
+        strides = [stride * self.mapping.vocab for stride in torch.empty_like(self.rows).stride()]
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        rows = self.rows.permute(order).reshape(-1)
+        strides.insert(len(strides) if self.vocab_dim == -1 else self.vocab_dim, 1)
+        out = torch.empty_strided(self.shape, strides, dtype=self.dtype, device=rows.device)
+        flat = out.movedim(self.vocab_dim, -1).permute(*order, -1).view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
                 flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)

@@ -230,7 +230,7 @@ class Both:
         for name in leaves:
             a, b = (variables[name].grad for variables in (self.of_stock, self.of_lazy))
             try:
-                self._close(f"gradient of {name}", a, b.reshape(a.shape), max(1.0, a.abs().max().item()))
+                self._close(f"gradient of {name}", a, b.reshape(a.shape), _size(a))
             except RuntimeError as error:
                 if "known of logits alone" not in str(error):
                     raise
@@ -241,10 +241,14 @@ class Both:
                 continue
             if a.grad.isfinite().all():
                 self.counts["gradients"] += 1
-                self._close(f"gradient of the {of} tensor", a.grad, b.grad, max(1.0, a.grad.abs().max().item()))
+                self._close(f"gradient of the {of} tensor", a.grad, b.grad, _size(a.grad))
 
     def __str__(self) -> str:
         return f"{self.setting}\n" + "\n".join(self.lines)
+
+
+def _size(x: Tensor) -> float:
+    return max(1.0, x.abs().max().item()) if x.numel() else 1.0
 
 
 def _execute(line: str, variables: dict[str, Any]) -> Exception | None:

@@ -445,6 +445,16 @@ FAILED = {
     "a hook on what was changed": (PLAIN, "v1 = z * 1.5\nv1.mul_(-1)\nv2 = v1.register_hook(lambda g: g * 0.5)"),
     "no entry of p log p": (PLAIN, "v1 = z.softmax(-1) * z.log_softmax(-1)\nv2 = v1[..., 3]"),
     "a token's logits at a tensor's row": (PLAIN, "v1 = z[torch.tensor(0), ..., -9]\nv1[..., 0] = 0.5\nv2 = z.sum(-1)"),
+    "what has a token's logits given out bends": (PLAIN, "v1 = z[..., -10]\nz.tanh_()\nv2 = v1 * 2"),
+    "a probability changed in place": (
+        PLAIN,
+        "v1 = torch.exp(z.log_softmax(-1))\nv2 = v1.gather(-1, ids(16, 12, 2, 3, 1))\nv2.div_(1.7)",
+    ),
+    "a transposed tensor keeps its layout": (
+        PLAIN,
+        "v1 = z.transpose(0, 1)\nv2 = v1.abs().is_contiguous()\nv3 = v1.abs().view(-1)",
+    ),
+    "tokens counted from the end": (PLAIN, "v1 = torch.take_along_dim(z, -1 - ids(1, 12, 2, 3, 1), dim=-1)"),
     "flatten backwards": (PLAIN, "v1 = z.flatten(-2, 0)"),
     "flatten one dimension": (PLAIN, "v1 = z.flatten(-3, -3)"),
     "a view of nothing": (PLAIN, "v1 = z[-1:1, [0, -1], ...]\nv2 = v1.view(0, 2, 1, -1)"),
