@@ -64,7 +64,7 @@ class _Detour:
     ours = True
 
     def __init__(self, head: nn.Linear) -> None:
-        self.own = head.forward
+        self.own: Callable[[Tensor], Tensor] = head.forward
         self.before = vars(head).get("forward")  # lazy logits', or None
         self.ways: dict[int, Callable[[Tensor], Tensor]] = {}
 
@@ -94,6 +94,18 @@ def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
                 del head.forward
                 if here.before is not None:
                     head.forward = here.before  # type: ignore[method-assign]
+
+
+def replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Put ``forward`` in the place of the head's own, under a detour if one is being taken; what was there."""
+    with _DETOURS:
+        here: Any = vars(head).get("forward")
+        if isinstance(here, _Detour):
+            below, here.own, here.before = here.own, forward, forward
+            return below
+        was: Callable[[Tensor], Tensor] = head.forward
+        head.forward = forward  # type: ignore[method-assign,assignment]
+        return was
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ The head module's ``forward`` is replaced, nothing else: its own hooks run, and 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
+from orpo_kernels.integrations.hf_head import replace_forward
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
 from orpo_kernels.integrations.lazy.stand_in import lazy_logits
@@ -35,8 +37,10 @@ class _LazyForward:
 
     ours = True  # as other code of this package asks a forward that was replaced
 
+    own: Callable[[Tensor], Tensor]  # what it stands in for
+
     def __init__(self, head: nn.Linear, site: Site) -> None:
-        self.head, self.site, self.own = head, site, head.forward
+        self.head, self.site = head, site
 
     @torch._dynamo.disable
     def __call__(self, input: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ def fuse(
         forward = ours.get(id(module))
         if forward is None:  # also the head that took an earlier one's place
             forward = _LazyForward(module, Site(module, *settings))
-            module.forward = forward  # type: ignore[method-assign,assignment]
+            forward.own = replace_forward(module, forward)
             module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
         forward.site.report = report
         forward.site.backend, forward.site.workspace_bytes = settings
@@ -135,12 +139,12 @@ def unfuse(model: nn.Module) -> nn.Module:
     report = fusion_report(model)
     for forward, module in _lazy_heads(model):
         vars(module).pop("_replicate_for_data_parallel", None)
-        if vars(module).get("forward") is not forward:
+        if vars(module).get("_old_forward") is forward:
             module._old_forward = forward.own  # type: ignore[assignment]
-            continue
-        del module.forward
-        if module.forward != forward.own:  # one that somebody had put there
-            module.forward = forward.own  # type: ignore[method-assign]
+        elif vars(module).get("forward") is forward:
+            del module.forward
+            if module.forward != forward.own:  # one that somebody had put there
+                module.forward = forward.own  # type: ignore[method-assign,assignment]
     report.fused = False
     return model
 
@@ -168,12 +172,12 @@ def fusion_report(model: nn.Module) -> Report:
 
 def _lazy_heads(model: nn.Module) -> list[tuple[_LazyForward, nn.Module]]:
     """Heads that were fused, as they are in the model now: wrapped since, as peft does, copied or replaced."""
-    found = []
+    found: list[tuple[Any, nn.Module]] = []
     for module in model.modules():
-        for name in ("forward", "_old_forward"):  # where accelerate's hooks keep what they call
-            forward = vars(module).get(name)
-            if isinstance(forward, _LazyForward):
-                found.append((forward, module))
+        here = vars(module).get("forward")
+        # A patched trainer's detour and accelerate's hooks keep what they call.
+        places = here, getattr(here, "before", None), vars(module).get("_old_forward")
+        found += [(forward, module) for forward in places if isinstance(forward, _LazyForward)]
     return found
 
 
@@ -246,6 +250,7 @@ def heads_of(model: nn.Module) -> list[nn.Linear] | str:
     for module in found:
         if type(module) is not nn.Linear:
             return f"its head is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
-        if "forward" in vars(module) and not getattr(module.forward, "ours", False):
+        here = vars(module).get("_old_forward", vars(module).get("forward"))
+        if here is not None and not getattr(here, "ours", False):
             return "its head's forward was replaced already"
     return found

@@ -18,6 +18,11 @@ from orpo_kernels.integrations.lazy.registry import in_place
 from orpo_kernels.integrations.lazy.rows import Column
 from orpo_kernels.integrations.lazy.stand_in import ChangedNode, DenseNode, Edit, LazyLogits, View, keep
 
+_LOST = (
+    "orpo_kernels: {} changed lazy logits in place, and this view of them, which was taken before, would have to "
+    "follow: take the view after the change, or unfuse(model)"
+)
+
 
 def values(x: LazyLogits, operation: str) -> Tensor:
     """The full logits, on the graph; kept while the stand-in lives, so that they are computed once.
@@ -78,18 +83,25 @@ def show(x: LazyLogits, result: Any) -> None:
                 y._orpo_view_of = x  # which has to see changes as long as its view is there
 
 
-def give_column(view: View, tensor: Tensor, token: int) -> None:
-    """Let a token's logits, as ``logits[..., token]`` has them, be known as what eager torch gives a view for."""
-    columns = view.root.columns
-    columns.append(Column(weakref.ref(tensor), tensor._version, memory_of(view), view.slots(), token))
+def give_column(x: LazyLogits, view: View, tensor: Tensor, token: int) -> None:
+    """Let a token's logits of ``x``, as ``x[..., token]`` has them, be known as what eager torch gives a view for."""
+    columns, kept = view.root.columns, tensor.detach()
+    if not (x.is_leaf and x.requires_grad):  # whose graph has the leaf in it, a cycle
+        x.columns.append(tensor)
+    columns.append(Column(weakref.ref(tensor), kept, kept._version, memory_of(view), view.slots(), token))
     if len(columns) % 64 == 0:
-        columns[:] = [each for each in columns if each.tensor() is not None]
+        columns[:] = [each for each in columns if each.tensor() is not None or each.kept._version != each.version]
 
 
-def _columns(x: LazyLogits) -> list[tuple[Column, Tensor]]:
-    """Those alive that share memory and have a token of this tensor."""
+def _columns(x: LazyLogits) -> list[Column]:
+    """Those that share memory and have a token of this tensor."""
     memory, vocab = memory_of(x.view_of), x.view_of.mapping.vocab
-    found = [(each, each.tensor()) for each in x.view_of.root.columns if each.memory == memory and each.token < vocab]
+    return [each for each in x.view_of.root.columns if each.memory == memory and each.token < vocab]
+
+
+def _alive(x: LazyLogits) -> list[tuple[Column, Tensor]]:
+    """Columns that somebody has."""
+    found = [(each, each.tensor()) for each in _columns(x)]
     return [(each, tensor) for each, tensor in found if tensor is not None]
 
 
@@ -113,7 +125,7 @@ def scale(x: LazyLogits, view: View, factor: float | Tensor) -> LazyLogits:
     edit = Edit(slots, each, view.mapping.vocab, view.graph if x.requires_grad else None)
     for other in sharing(x):
         _follow(other, edit)
-    for column, tensor in _columns(x):
+    for column, tensor in _alive(x):
         with torch.set_grad_enabled(x.requires_grad):
             tensor.mul_(_factors(column.slots, edit, tensor.dtype))
         _known(x, column, tensor)
@@ -126,6 +138,9 @@ def _follow(x: LazyLogits, edit: Edit) -> None:
     slots = view.slots()
     inside = torch.isin(slots, edit.slots)
     if not inside.any() or x.lost is not None:
+        return
+    if x.is_leaf and x.requires_grad:
+        x.lost = _LOST.format("a scale")
         return
     if x.changed or x.shown:
         _apply(x, edit)
@@ -188,7 +203,7 @@ def change(func: Any, name: str, x: LazyLogits, args: tuple[Any, ...], kwargs: d
     func(own, *rest[0], **rest[1])
     _take(x, own)
     _lose_others(x, name)
-    for column, tensor in _columns(x):
+    for column, tensor in _alive(x):
         inside, at = places(column.slots, slots)
         if inside.any():
             with torch.set_grad_enabled(x.requires_grad):
@@ -219,10 +234,7 @@ def _lose_others(x: LazyLogits, name: str) -> None:
     slots = x.view_of.slots()
     for other in sharing(x):
         if torch.isin(other.view_of.slots(), slots).any():
-            other.lost = (
-                f"orpo_kernels: {name} changed lazy logits in place, and this view of them, which was taken before, "
-                "would have to follow: take the view after the change, or unfuse(model)"
-            )
+            other.lost = _LOST.format(name)
 
 
 def settle(x: LazyLogits) -> None:
@@ -242,12 +254,20 @@ def settle(x: LazyLogits) -> None:
     for edit in x.edits:
         _apply(x, edit)
     x.edits = []
-    for column, tensor in _columns(x) if root.columns else ():
-        if tensor._version == x.columns_known.get(id(tensor), column.version):
+    for column in _columns(x):
+        version = column.kept._version
+        if version in (column.version, x.columns_known.get(id(column.kept))):
             continue
-        x.columns_known[id(tensor)] = tensor._version
         inside, at = places(x.view_of.slots(), column.slots)
+        tensor = column.tensor()
+        if inside.any() and tensor is None and x.requires_grad:
+            raise RuntimeError(
+                "orpo_kernels: single logits of a token, taken as logits[..., token], were changed in place and are "
+                "gone with their gradient: write logits[..., token] = value, or unfuse(model)"
+            )
+        x.columns_known[id(column.kept)] = version
         if inside.any():
+            tensor = column.kept if tensor is None else tensor
             with torch.set_grad_enabled(x.requires_grad):
                 own = values(x, "a change of a token's logits")
                 now = _vocab_last(x, own)[..., column.token]

@@ -46,6 +46,9 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in ("__get__", "__set__", "__delete__"):
         return _property(func, name, args, kwargs)
     if name in METADATA:
+        x = args[0] if args else None
+        if name in ("register_hook", "retain_grad") and isinstance(x, LazyLogits) and x.changed and x.own is not None:
+            return func(x.own, *args[1:], **kwargs)  # which is what is used of it from now on
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if name in LIKE:

@@ -95,14 +95,14 @@ def _expected(x: LazyLogits, operation: str, *, log: bool = False) -> Tensor:
     rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
-    found = table.moments(rows)
+    expected = table.moment(rows, "expected")
     own = 0.0 if log else 1.0  # the derivatives differ by that of the log-sum-exp
 
     def terms(g: Tensor) -> Terms:
-        softmax = _spread(view, rows, g.reshape(-1).to(found.expected.dtype) * (own - found.expected))
+        softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (own - expected))
         return {view.mapping.key: Term(view.mapping, softmax=softmax, weighted=_spread(view, rows, g))}
 
-    values = -found.entropy if log else found.expected
+    values = -table.moment(rows, "entropy") if log else expected
     return _number(x, operation, values.view(view.rows.shape), terms)
 
 
@@ -217,7 +217,7 @@ def _top(x: LazyLogits, operation: str) -> Tensor | None:
     if view.family is not None:
         table.expect(view.family.reshape(-1))
     view.root.site.report.chains[" > ".join((*view.chain, operation))] += 1
-    return table.moments(view.rows.reshape(-1)).argmax.view(view.rows.shape)
+    return table.moment(view.rows.reshape(-1), "argmax").view(view.rows.shape)
 
 
 @handles("argmax")

@@ -35,7 +35,7 @@ class Site:
     def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
-        self.moments: set[Any] = set()  # keys of maps whose moments were wanted: later passes form them in passing
+        self.moments: dict[Any, set[str]] = {}  # by map, which were wanted: later passes form them in passing
 
     def select(self, hidden: Tensor) -> Backend:
         return select(self.backend, hidden.device, hidden.dtype)
@@ -69,6 +69,7 @@ class Column(NamedTuple):
     """A token's logits of some rows, which in eager torch would be a view: a change of one is a change of both."""
 
     tensor: weakref.ref[Tensor]  # of the shape of ``slots``
+    kept: Tensor  # its memory, which tells of a change when it is gone
     version: int  # of the tensor as it was given out
     memory: int  # that would be shared, an address
     slots: Tensor  # of it
@@ -196,7 +197,7 @@ class Root:
     def means(self, mapping: Map, rows: Tensor) -> Tensor:
         """Mean over the vocabulary of each row; a product only under a softcap."""
         if mapping.softcap is not None:
-            return self.table(mapping).moments(rows).mean
+            return self.table(mapping).moment(rows, "mean")
         head = self.head(mapping)
         if self._mean_weight is None or mapping.vocab != self.identity.vocab:
             self._mean_weight = self.site.select(self.hidden).mean_weight(head.weight)
@@ -267,8 +268,7 @@ class Table:
         self.logps, self.labels = torch.zeros((2, n), dtype=root.acc, device=root.device)
         self.passes: list[Pass] = []
         self.family: Tensor | None = None
-        self._moments: Moments | None = None
-        self._with_moments = torch.zeros_like(self.known)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}  # by name: values, and of which rows
 
     @property
     def root(self) -> Root:
@@ -296,21 +296,19 @@ class Table:
         self.compute(rows)
         return self.labels[rows] - self.logps[rows]
 
-    def moments(self, rows: Tensor) -> Moments:
-        """``Moments`` of rows, computed with their log-sum-exp or, the first time, after it."""
-        self.root.site.moments.add(self.mapping.kind)
+    def moment(self, rows: Tensor, name: str) -> Tensor:
+        """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
+        wanted = "expected" if name == "entropy" else name
+        self.root.site.moments.setdefault(self.mapping.kind, set()).add(wanted)
         self.compute(rows)
-        missing = self._missing(rows, self._with_moments)
-        if missing.numel():
-            part = self.part(missing)
+        known = self._moments[name][1] if name in self._moments else torch.zeros_like(self.known)
+        missing = self._missing(rows, known)
+        if missing.numel() or name not in self._moments:
+            part = self.part(missing)._replace(moments=(wanted,))
             with torch.no_grad(), torch.autocast(part.hidden.device.type, enabled=False):
                 self._keep(missing, self.root.site.select(part.hidden).moments(part))
             self.root.count(missing.numel())
-        assert self._moments is not None or rows.numel() == 0
-        if self._moments is None:
-            empty = self.logps[rows]
-            return Moments(empty, empty, empty, self.ids[rows])
-        return Moments(*(values[rows] for values in self._moments))
+        return self._moments[name][0][rows]
 
     def _missing(self, rows: Tensor, known: Tensor) -> Tensor:
         wanted = torch.zeros_like(known)
@@ -325,11 +323,12 @@ class Table:
         return Part(hidden, every[: rows.numel()], self.ids[rows], head or self.root.head(self.mapping), scratch)
 
     def _keep(self, rows: Tensor, found: Moments) -> None:
-        if self._moments is None:
-            self._moments = Moments(*(each.new_zeros(self.known.shape) for each in found))
-        for every, some in zip(self._moments, found, strict=True):
-            every[rows] = some
-        self._with_moments[rows] = True
+        for name, some in found._asdict().items():
+            if some is not None:
+                if name not in self._moments:
+                    self._moments[name] = some.new_zeros(self.known.shape), torch.zeros_like(self.known)
+                values, known = self._moments[name]
+                values[rows], known[rows] = some, True
 
     @torch.no_grad()
     def compute(self, rows: Tensor, ids: Tensor | None = None) -> None:
@@ -361,7 +360,7 @@ class Table:
         # A trainable head whose E does not fit is computed again in backward: the rows that have a gradient.
         prepared, store = plan.name in ("frozen", "store"), plan.name == "store"
         waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
-        part = part._replace(scratch=plan.scratch_budget, moments=self.mapping.kind in root.site.moments)
+        part = part._replace(scratch=plan.scratch_budget, moments=root.site.moments.get(self.mapping.kind, ()))
         with torch.autocast(part.hidden.device.type, enabled=False):
             try:
                 found = backend.forward(part, Grads(waiting, None, None), store=store)

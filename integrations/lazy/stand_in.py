@@ -146,6 +146,7 @@ class LazyLogits(torch.Tensor):
     inputs: Inputs  # of the root, which live as long as this does
     own_version: int  # of ``own`` as it was computed
     edits: list[Edit]  # of views that share memory
+    columns: list[Tensor]  # single logits of a token, which may be changed in place with their last name gone
     columns_known: dict[int, int]  # versions of tensors, by id, whose changes it has taken over
 
     @staticmethod
@@ -154,7 +155,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
-        self.shown, self.columns_known = False, {}
+        self.shown, self.columns, self.columns_known = False, [], {}
         self.own_version, self.inputs = 0, view.root.inputs()
         views = view.root.views
         views.append(weakref.ref(self))

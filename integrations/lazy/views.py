@@ -297,6 +297,6 @@ def _getitem(x: Any, index: Any) -> Any:
         return NotImplemented
     whole = (*rows.shape, *ids.shape)
     out = taken(x, "getitem", rows[(..., *[None] * ids.dim())].expand(whole), ids.expand(whole))
-    if isinstance(items[-1], int) and not advanced:  # eager torch gives a view here
-        give_column(replace(view, rows=rows), out, int(ids))
+    if last.dim() == 0 and out is not NotImplemented:  # eager torch gives a view here
+        give_column(x, replace(view, rows=rows), out, int(ids))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ Draw = Callable[..., Any]
 # What lazy logits may refuse where stock ones do not: each is a change in place that cannot be followed.
 REFUSALS = (
     "changed lazy logits in place, and this view of them, which was taken before, would have to follow",
+    "single logits of a token, taken as logits[..., token], were changed in place and are gone with their gradient",
     "would change lazy logits in place, and a view in full of them that was taken before could not follow",
 )
 # What stock torch forbids although the values are clear; lazy logits may go on.
@@ -57,8 +59,16 @@ def labels(seed: int, below: int, *shape: int, ignore: int = -100) -> Tensor:
     return ids(seed, below, *shape).where(flags(seed + 1, *shape), ignore)
 
 
+def hooked(x: Tensor) -> Tensor:
+    """Scaled, as a hook on a view is lost in stock torch where that is changed in place."""
+    x = x * 1.0
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad * 0.5)
+    return x
+
+
 TOOLS = {"torch": torch, "F": F, "inf": float("inf")} | {
-    tool.__name__: tool for tool in (numbers, positive, masked, flags, ids, labels)
+    tool.__name__: tool for tool in (numbers, positive, masked, flags, ids, labels, hooked)
 }
 
 
@@ -129,6 +139,10 @@ class Both:
             self.counts["refused"] += 1
             self.over = True
             return
+        every = [each() for each in self.lazy.view_of.root.views]
+        if sum(isinstance(x, LazyLogits) and x.shown for x in every) > 1 and not re.match(r"v\d+ = ", line):
+            self.over = True  # two views in full of the same memory are not one, and cannot follow each other
+            return
         if (expected is None) != (got is None):
             raise AssertionError(f"{self}\nstock: {expected!r}\nlazy: {got!r}") from got
         name = line.split(" ")[0]
@@ -145,9 +159,7 @@ class Both:
         a, b = self.of_stock[name], self.of_lazy[name]
         if not isinstance(a, Tensor):
             assert type(a) is type(b), f"{self}\n{name}: {type(a)} and {type(b)}"
-            assert isinstance(a, float) or not isinstance(a, bool | int | tuple) or a == b, (
-                f"{self}\n{name}: {a} and {b}"
-            )
+            assert not isinstance(a, bool | int | tuple) or a == b, f"{self}\n{name}: {a} and {b}"
             return
         seen = [(tuple(x.shape), x.dtype, x.requires_grad, x.dim(), x.numel()) for x in (a, b)]
         assert seen[0] == seen[1], f"{self}\n{name}: {seen[0]} and {seen[1]}"
@@ -217,7 +229,12 @@ class Both:
             other.backward(retain_graph=True)
         for name in leaves:
             a, b = (variables[name].grad for variables in (self.of_stock, self.of_lazy))
-            self._close(f"gradient of {name}", a, b.reshape(a.shape), max(1.0, a.abs().max().item()))
+            try:
+                self._close(f"gradient of {name}", a, b.reshape(a.shape), max(1.0, a.abs().max().item()))
+            except RuntimeError as error:
+                if "known of logits alone" not in str(error):
+                    raise
+                self.counts["refused"] += 1
         for of, a, b in zip(("first", "second", "third"), self.stock_tracked, self.lazy_tracked, strict=False):
             if a.grad is None or b.grad is None:
                 assert a.grad is None or not a.grad.any(), f"{self}\nno gradient of the {of} tensor"

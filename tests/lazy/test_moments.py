@@ -27,6 +27,9 @@ def formulas(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_moments(found: Moments, hidden: Tensor, head: Head) -> None:
+    assert found.expected is not None
+    assert found.mean is not None
+    assert found.argmax is not None
     dtype = hidden.dtype
     exact = Head(head.weight.double(), None if head.bias is None else head.bias.double(), *head[2:])
     expected, mean, logits = formulas(hidden.double(), exact)
@@ -86,7 +89,7 @@ def test_moments_are_the_formulas(
     if softcap is not None and bias == "masked":
         head = head._replace(bias=added.clamp(min=-1e3).to(dtype))  # whose tanh is no number below -softcap
     ids = torch.randint(0, vocab, (rows,), generator=generator)
-    part = Part(hidden, torch.arange(rows), ids, head, 1 << 16, moments=True)
+    part = Part(hidden, torch.arange(rows), ids, head, 1 << 16, moments=("expected", "mean", "argmax"))
     backend = TorchBackend()
     found = backend.forward(part, Grads(None, None, None), store=store).moments
     assert found is not None

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from orpo_kernels.integrations import fuse, fusion_report, unfuse
+from orpo_kernels.integrations.hf_head import detour
 from tests.integrations.models import VOCAB, batch, llama
 
 IDS = batch().inputs["input_ids"]
@@ -112,6 +113,18 @@ def test_a_replica_of_data_parallel_has_the_stock_head() -> None:
     out = replica(torch.ones(2, 3, 32))
     assert type(out) is Tensor
     assert out.abs().max() == 0
+
+
+def test_a_model_fused_inside_a_patched_trainers_forward() -> None:
+    """As the first call of a model is where all models of transformers are fused and ORPOTrainer is patched as well."""
+    model, stock = llama(), llama()
+    head = model.get_output_embeddings()
+    with detour(head, lambda hidden: hidden.new_zeros(*hidden.shape[:-1], VOCAB)):
+        fuse(model)
+        assert fusion_report(model).fused
+        assert logits_of(model).abs().max() == 0
+    assert_stock(model, stock)
+    assert type(logits_of(unfuse(model))) is Tensor
 
 
 def test_a_head_with_a_forward_of_its_own_gets_it_back() -> None:
