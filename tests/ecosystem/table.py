@@ -1,0 +1,63 @@
+"""The record as a table of docs/stacks.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import ROOT
+from tests.ecosystem.stacks import ABSENT, STACKS
+
+RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
+DOCUMENT = ROOT / "docs" / "stacks.md"
+MARKED = re.compile(r"(<!-- ecosystem -->\n).*?(<!-- /ecosystem -->)", re.DOTALL)
+HEADER = ("stack", "objective", "losses differ by", "products a call", "full logits for")
+
+
+def load() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return found
+
+
+def render(*, write: bool = True, document: Path = DOCUMENT) -> bool:
+    """Put the record into the document; whether the document said something else."""
+    text = document.read_text()
+    filled = MARKED.sub(lambda match: f"{match[1]}{table(load())}{match[2]}", text)
+    if write and filled != text:
+        document.write_text(filled)
+    return filled != text
+
+
+def table(record: dict[str, Any]) -> str:
+    rows = [HEADER, tuple("-" * 3 for _ in HEADER)]
+    for name, found in record.items():
+        title = _titled(STACKS[name].title, found["versions"])
+        if "reason" in found:
+            rows.append((title, "not run", str(found["reason"]), "", ""))
+        for objective, run in found["runs"].items():
+            rows.append((title, objective, *_cells(run)))
+            title = ""
+    for absent in ABSENT.values():
+        rows.append((absent.title, "not run", absent.reason, "", absent.instead))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _titled(title: str, versions: dict[str, str]) -> str:
+    others = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("torch", "accelerate"))
+    return f"{title} ({others})" if others else title
+
+
+def _cells(run: dict[str, Any]) -> tuple[str, str, str]:
+    if "skipped" in run:
+        return "does not run stock", "", run["skipped"].replace("|", "/")
+    if run["loss_difference"] is None:
+        return f"**{run['disagrees']}**".replace("|", "/"), "", ""
+    differ = f"{run['loss_difference']:.0e}" if run["loss_difference"] else "0"
+    if run["disagrees"]:
+        differ = f"**{differ}**"
+    each = run["products_per_call"]
+    products = "trainer's own patch" if each is None and not run["refusals"] else "" if each is None else f"{each:.2f}"
+    full = sorted({f"{found['operation']} ({found['where']})" for found in run["materialised"]})
+    return differ, products, "; ".join([*full, *run["refusals"]]) or "nothing"
