@@ -1,7 +1,6 @@
 """The race: every claim about time, memory and accuracy, measured against what a user would pick instead.
 
-``python -m benchmarks --help`` lists the commands. Cases, batches and competitors are data: a new one is one entry in
-``cases.py`` or ``providers.py``.
+``python -m benchmarks --help`` lists the commands.
 """
 
 import os
@@ -16,8 +15,7 @@ import orpo_kernels
 
 if checkout:
     sys.path.remove(checkout)
-# Packages that only the comparison needs, unpacked by `make gpu` where there is no network. They come last, so that
-# nothing installed is replaced.
+# What only the comparison needs, unpacked by `make gpu`, comes last, so that nothing installed is replaced.
 sys.path += filter(None, [os.environ.get("ORPO_PEERS")])
 # A checkout that is not installed has the integrations beside the package, not inside it.
 if find_spec("orpo_kernels.integrations") is None:

@@ -1,13 +1,10 @@
 """``python -m benchmarks``: loss, compare, accuracy, record, render, compile, train, tune, profile, gpu."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,23 +19,23 @@ from benchmarks.lab import compare, compile, gpu, profile, train, tune
 from benchmarks.problems import sections
 from benchmarks.problems.cases import BATCHES, CASES, DTYPES, HEADS, PHASES, STATES, TASKS, fitting
 from benchmarks.problems.providers import NAMES, default_names
-from benchmarks.report import render, tables
+from benchmarks.report import plots, render, tables
 
 app = typer.Typer(help="Time, memory and accuracy of the ORPO loss.", add_completion=False)
 HERE: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _names(known: Iterable[str], text: str = "") -> Any:
+def _names(known: Iterable[str]) -> Any:
     """An option that takes names of ``known``, several where it is a list."""
     known = list(known)
 
     def check(given: Any) -> Any:
-        unknown = sorted({given} - {None} - set(known) if isinstance(given, str) else set(given or ()) - set(known))
-        if unknown:
+        asked = [given] if isinstance(given, str) else given or ()
+        if unknown := sorted(set(asked) - set(known)):
             raise typer.BadParameter(f"no {', '.join(unknown)}; there are {', '.join(known)}")
         return given
 
-    return typer.Option(metavar="NAME", callback=check, help=f"{text} of {', '.join(known)}".strip())
+    return typer.Option(metavar="NAME", callback=check, help=f"of {', '.join(known)}")
 
 
 Names = list[str] | None
@@ -49,6 +46,7 @@ Dtypes = Annotated[Names, _names(DTYPES)]
 Providers = Annotated[Names, _names(NAMES)]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option()]
 Json = Annotated[Path | None, typer.Option("--json", help="write the rows to this file")]
+OtherFile = Annotated[Path | None, typer.Option("--json", help="another file than the machine's own")]
 Seconds = Annotated[float, typer.Option(help="what everything together may take")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be measured")]
 
@@ -78,9 +76,7 @@ def loss(
     rows = race.run(wanted, device, repeats=repeats, seconds=seconds, keep=_keeper(path, device))
     tables.print_rows(rows)
     if picture:
-        from benchmarks.report.plots import plot
-
-        plot(rows, picture)
+        plots.plot(rows, picture)
     return _code(rows)
 
 
@@ -99,16 +95,16 @@ def _compare(
     path: Json = None,
 ) -> int:
     """Two records side by side, as ratios; or this working tree against COMMIT, in turn in one run."""
-    if against is None:
-        if len(records or ()) != 2:
-            raise UnsupportedError("compare takes two records, or --against COMMIT")
-        before, after = (Record.load(Path(name)).rows for name in records or ())
-        print(tables.compare(before, after))
-        return 0
-    wanted = sections.compared(device, cases, batches, heads, dtypes)
-    rows = compare.run(wanted, against, device, rounds, _keeper(path, device))
-    print(tables.text(compare.table(rows)))
-    return _code(rows)
+    if against is not None:
+        wanted = sections.compared(device, cases, batches, heads, dtypes)
+        rows = compare.run(wanted, against, device, rounds, _keeper(path, device))
+        print(tables.text(compare.table(rows)))
+        return _code(rows)
+    if records is None or len(records) != 2:
+        raise UnsupportedError("compare takes two records, or --against COMMIT")
+    before, after = (Record.load(Path(name)).rows for name in records)
+    print(tables.compare(before, after))
+    return 0
 
 
 @app.command("accuracy")
@@ -116,8 +112,7 @@ def _accuracy(device: Device = HERE, path: Json = None) -> int:
     """Errors against float64 from hopeless to certain predictions."""
     rows = accuracy.run(device)
     tables.print_accuracy(rows)
-    if path:
-        _record_of(device, accuracy=rows).save(path)
+    _save(path, device, accuracy=rows)
     return int(not all(row.holds for row in rows))
 
 
@@ -125,7 +120,7 @@ def _accuracy(device: Device = HERE, path: Json = None) -> int:
 def record(
     only: Annotated[Names, typer.Option(metavar="SECTION", help="sections to measure (again)")] = None,
     providers: Providers = None,
-    path: Annotated[Path | None, typer.Option("--json", help="another file than the machine's own")] = None,
+    path: OtherFile = None,
     device: Device = HERE,
 ) -> int:
     """Record this machine under benchmarks/results/."""
@@ -153,18 +148,15 @@ def _render(check: Annotated[bool, typer.Option("--check", help="only say whethe
 
 
 @app.command("compile")
-def _compile(
-    targets: Annotated[Names, _names(compile.TARGETS)] = None,
-    path: Json = None,
-) -> int:
+def _compile(targets: Annotated[Names, _names(compile.TARGETS)] = None, path: Json = None) -> int:
     """Compile every kernel for chips that need not be there."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UnsupportedError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter: unset it")
     rows = compile.run(targets or list(compile.TARGETS))
     print(compile.report(rows))
     if path:
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return int(any(row.problem for row in rows))
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(map(compile.problem, rows)))
 
 
 @app.command("train")
@@ -193,7 +185,7 @@ def _gpu(
     seconds: Seconds = 530.0,
     only: Annotated[Names, _names(gpu.STEPS)] = None,
     dry_run: DryRun = False,
-    path: Annotated[Path | None, typer.Option("--json", help="another file than the machine's own")] = None,
+    path: OtherFile = None,
 ) -> int:
     """Everything that needs a GPU: the suite, the sanitizers, the race and its targets."""
     if dry_run:
@@ -205,7 +197,8 @@ def _gpu(
     elif not torch.cuda.is_available():
         remedy = "--dry-run says what would run, --device cpu tries it at toy sizes"
         raise UnsupportedError(f"gpu needs a CUDA device and torch sees none; {remedy}")
-    return gpu.run(torch.device(device), seconds, path or race.path_of(torch.device(device)), only or ())
+    place = torch.device(device)
+    return gpu.run(place, seconds, path or race.path_of(place), only or ())
 
 
 @app.command("tune")
@@ -219,7 +212,9 @@ def _tune(
     """Race tiles of the exp GEMM against the library's plain product."""
     chosen, arch = tune.cases_of(cases, device, dry_run)
     if dry_run:
-        tune.print_plan(chosen, arch)
+        wanted = tune.plan(chosen, arch)
+        print(f"{len(wanted)} candidates for {arch} on {', '.join(one.name for one in chosen)}, the shipped first")
+        print(*wanted, sep="\n")
         return 0
     rows = tune.run(chosen, arch, torch.device(device), seconds, _keeper(path, device))
     tune.print_rows(rows, arch)
@@ -237,17 +232,18 @@ def _profile(
     """One call of the loss by its steps, and over its floor."""
     usual = profile.DEFAULTS[device]
     call, *steps = profile.run(case or usual[0], batch or usual[1], head, torch.device(device))
-    print(profile.described(call), tables.text(profile.table(steps)), sep="\n")
+    profile.print_rows(call, steps)
     _keeper(path, device)([call, *steps])
 
 
-def _record_of(device: str, **contents: Any) -> Record:
-    return Record(machine.device_name(torch.device(device)), machine.today(), machine.commit(), **contents)
+def _save(path: Path | None, device: str, **contents: Any) -> None:
+    """Write a record of this machine to ``path``, if there is one."""
+    if path:
+        Record(machine.device_name(torch.device(device)), machine.today(), machine.commit(), **contents).save(path)
 
 
 def _keeper(path: Path | None, device: str) -> Callable[[list[Row]], None]:
-    """Writes the rows so far to ``path``, if there is one."""
-    return lambda rows: _record_of(device, rows=rows).save(path) if path else None
+    return lambda rows: _save(path, device, rows=rows)
 
 
 def _code(rows: Iterable[Row]) -> int:

@@ -1,14 +1,10 @@
-"""The race: the ORPO loss, or log-probabilities under a random upstream gradient, by everyone, checked and then timed.
-
-``measure`` runs in a process of its own; ``run`` and ``record`` ask for it and keep every answer, also those that are
-no figures.
-"""
-
-from __future__ import annotations
+"""The race: the loss, or log-probabilities under a random upstream gradient, by everyone, checked and then timed."""
 
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,11 @@ from benchmarks.accuracy import relative_error
 from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
-from benchmarks.harness.record import Record, Row, merged
-from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
+from benchmarks.harness.record import Keep, Record, Row, merged
+from benchmarks.problems.cases import BATCHES, BETA
 from benchmarks.problems.floor import build_floor
-from benchmarks.problems.inputs import Problem, make_problem, make_sample
-from benchmarks.problems.providers import NAIVE, PROVIDERS, Provider, objective
+from benchmarks.problems.inputs import Problem, problem_of
+from benchmarks.problems.providers import FLOOR, NAIVE, PROVIDERS, Provider, objective
 from benchmarks.problems.sections import sections
 from orpo_kernels import reference
 
@@ -38,24 +34,13 @@ WRONG_FACTOR = 20  # times the naive implementation's own error
 
 
 def run(
-    wanted: Sequence[Row],
-    device: str,
-    *,
-    repeats: int,
-    seconds: float,
-    keep: Callable[[list[Row]], None] = lambda _: None,
-    budget: float = float("inf"),
+    wanted: Sequence[Row], device: str, *, keep: Keep = lambda _: None, budget: float = inf, **effort: Any
 ) -> list[Row]:
-    """One answer for each row; after ``budget`` seconds nothing more is started."""
-    options = {"device": device, "repeats": repeats, "seconds": seconds}
-    together = isolate.alone if device == "cpu" else by_head
+    """One answer for each row, with an ``EFFORT`` for each; after ``budget`` seconds nothing more is started. On a GPU,
+    whose allocator counts calls apart, the providers of a head share a process: starting would outlast measuring."""
+    together = attrgetter("key" if device == "cpu" else "case")
+    options = {"device": device, **effort}
     return isolate.run("benchmarks.race", wanted, options, together=together, seconds=budget, keep=keep)
-
-
-def by_head(row: Row) -> Hashable:
-    """On a GPU, whose allocator counts calls apart, the providers of a head share a process: starting anew would take
-    longer than measuring."""
-    return row.case
 
 
 def measure(rows: Sequence[Row], *, device: str, repeats: int, seconds: float, until: float) -> Iterator[Row]:
@@ -65,8 +50,8 @@ def measure(rows: Sequence[Row], *, device: str, repeats: int, seconds: float, u
     for row in rows:
         if time.time() > until:
             return
-        provider = PROVIDERS.get(row.provider)
-        row = row.with_(**about, provider_version=provider.version() if provider else torch.__version__)
+        package = PROVIDERS[row.provider].package if row.provider != FLOOR else "torch"
+        row = row.with_(**about, provider_version=machine.version(package))
         found = measured(row, _measure, place, repeats, seconds)
         yield found
         if found.status == "failed":
@@ -78,16 +63,14 @@ def measure(rows: Sequence[Row], *, device: str, repeats: int, seconds: float, u
 
 
 def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Row:
-    inputs = STATES[row.states], row.dtype, row.head, device
-    case, batch = CASES[row.case], BATCHES[row.batch]
     provider = PROVIDERS.get(row.provider)
     if provider is not None:
-        row = check(provider, row, make_sample(case, *inputs))
+        row = check(provider, row, problem_of(row, device, sample=True))
         if row.status != "ok":
             return row
         torch.compiler.reset()  # or the sample's shapes would turn what is timed into a dynamic-shape kernel
-    problem = make_problem(case, batch, *inputs)
-    row = row.with_(status="ok", targets=batch.targets, positions=problem.labels.numel())
+    problem = problem_of(row, device)
+    row = row.with_(status="ok", targets=BATCHES[row.batch].targets, positions=problem.labels.numel())
     if provider is None:  # the floor as an entry of its own: its calls are their own yardstick
         cut, floor = build_floor(problem, row.phase)
         (times,) = in_turn([floor], device, repeats=repeats, least=MIN_REPEATS, seconds=seconds)
@@ -118,12 +101,23 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
 
 def check(provider: Provider, row: Row, sample: Problem) -> Row:
     """Errors of the provider and of the naive implementation on the sample; "wrong" beyond 20 times the latter."""
-    problem = sample.double()
-    loss = truth(problem, row.task)
-    loss.backward()  # type: ignore[no-untyped-call]
-    true = {"loss": loss.detach(), **problem.gradients()}
-    naive = _errors(NAIVE, row.task, sample, true)
-    mine = naive if provider is NAIVE else _errors(provider, row.task, sample, true)
+    exact = sample.double()
+    inputs, softcap = (exact.hidden, exact.weight), exact.softcap
+
+    def truth() -> torch.Tensor:
+        if row.task != "loss":
+            return objective(exact, row.task)(reference.linear_logprobs(*inputs, exact.targets, softcap=softcap))
+        more: dict[str, Any] = {"nll_labels": exact.nll_labels, "beta": BETA, "softcap": softcap}
+        return reference.orpo_loss(*inputs, exact.labels, **more)["loss"]
+
+    true = _outputs(exact, truth)
+
+    def errors(of: Provider) -> dict[str, float]:
+        found = _outputs(sample, of.build(sample, row.task))
+        return {name: relative_error(found[name], value) for name, value in true.items() if name in found}
+
+    naive = errors(NAIVE)
+    mine = naive if provider is NAIVE else errors(provider)
     found = {f"err_{name}": error for name, error in mine.items()}
     row = row.with_(status="ok", **found, **{f"naive_err_{name}": error for name, error in naive.items()})
     for name, yardstick in naive.items():
@@ -134,23 +128,13 @@ def check(provider: Provider, row: Row, sample: Problem) -> Row:
     return row
 
 
-def truth(problem: Problem, task: str) -> torch.Tensor:
-    """The task's scalar by the specification; of a float64 problem, what all are measured against."""
-    inputs = problem.hidden, problem.weight
-    if task == "logprobs":
-        return objective(problem, task)(reference.linear_logprobs(*inputs, problem.targets, softcap=problem.softcap))
-    options: dict[str, Any] = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
-    return reference.orpo_loss(*inputs, problem.labels, **options)["loss"]
-
-
-def _errors(provider: Provider, task: str, sample: Problem, true: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative errors of the scalar and of every gradient that there is."""
-    sample.clear_gradients()
-    loss = provider.build(sample, task)()
-    loss.backward()  # type: ignore[no-untyped-call]
-    found = {"loss": loss.detach(), **sample.gradients()}
-    sample.clear_gradients()
-    return {name: relative_error(found[name], value) for name, value in true.items() if name in found}
+def _outputs(problem: Problem, step: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The scalar, and every gradient that there is."""
+    problem.clear_gradients()
+    (loss := step()).backward()  # type: ignore[no-untyped-call]
+    found = {"loss": loss.detach(), **problem.gradients()}
+    problem.clear_gradients()
+    return found
 
 
 def path_of(device: torch.device) -> Path:
@@ -166,18 +150,16 @@ def opened(path: Path, device: torch.device) -> Record:
 
 
 def record(device: torch.device, only: Sequence[str], path: Path, providers: Sequence[str] = ()) -> Record:
-    """Run the sections and keep every answer at once. What ``path`` holds already stays, unless measured again.
-
-    ``providers`` measures these alone again, after a change that touches no other.
-    """
+    """Run the sections, or ``providers`` alone of them, and keep every answer at once. What ``path`` holds already
+    stays, unless measured again."""
     kept = opened(path, device)
-    asked = [row for name, rows in sections(device.type).items() if name in only for row in rows]
     before = kept.rows
 
     def keep(rows: list[Row]) -> None:
         kept.rows = merged(before, rows)
         kept.save(path)
 
+    asked = [row for name, rows in sections(device.type).items() if name in only for row in rows]
     wanted = [row for row in asked if not providers or row.provider in providers]
     run(wanted, device.type, keep=keep, **EFFORT[device.type])
     if ACCURACY in only:

@@ -1,12 +1,9 @@
 """Measurements in processes of their own: whatever ends one leaves rows that say so, and the rest goes on.
 
-``python -m benchmarks.harness.isolate MODULE REQUEST FILE`` is such a process. MODULE has ``measure(rows, until=...,
-**options)``, an iterator of answers; a later answer to a row replaces an earlier one. FILE gets each as a line of JSON
-as soon as it is known, so that what was measured outlives the process. After ``until`` (seconds since the epoch)
-``measure`` starts nothing more.
+``measure(rows, until=..., **options)`` of a module runs in such a process: an iterator of answers, a later one to a row
+replacing an earlier. Each is a line of a file as soon as it is known, so that what was measured outlives the process.
+After ``until`` (seconds since the epoch) ``measure`` starts nothing more.
 """
-
-from __future__ import annotations
 
 import contextlib
 import importlib
@@ -20,59 +17,50 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.harness.machine import ROOT
-from benchmarks.harness.record import Row, Status
+from benchmarks.harness.record import Keep, Row, Status
 
+Options = Mapping[str, Any]
 TIMEOUT_S = 1200  # of one measurement
-PATIENCE_S = 60  # beyond a deadline, for the measurement that runs then
-# With several GPUs in sight, Transformers would spread a batch over them by nn.DataParallel.
-ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+PATIENCE = 60  # seconds beyond a deadline, for the measurement that runs then
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-
-
-def alone(row: Row) -> Hashable:
-    """Nothing shares a process: no cache, no compiled kernel and no memory of another is in what is measured."""
-    return row.key
+# With several GPUs in sight, Transformers would spread a batch over them by nn.DataParallel.
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
 
 
 def run(
     module: str,
     wanted: Sequence[Row],
-    options: Mapping[str, Any],
+    options: Options,
     *,
-    together: Callable[[Row], Hashable] = alone,
+    together: Callable[[Row], Hashable] = attrgetter("key"),
     seconds: float = float("inf"),
     fair: bool = False,
-    keep: Callable[[list[Row]], None] = lambda _: None,
+    keep: Keep = lambda _: None,
 ) -> list[Row]:
-    """An answer to each row. Neighbours for which ``together`` gives the same share a process.
-
-    After ``seconds`` nothing more is started, and what was not reached says so; ``fair`` gives every process an equal
-    share of what those before it have left, and ends it then. ``keep`` sees the rows so far after each process, so that
-    an interrupted run is not lost.
-    """
+    """An answer to each row. Neighbours for which ``together`` gives the same share a process; usually none does, so
+    that no cache, no compiled kernel and no memory of another is in what is measured. After ``seconds`` nothing more is
+    started, and what was not reached says so; ``fair`` gives every process an equal share of what those before it have
+    left, and ends it then."""
     rows: list[Row] = []
     deadline = time.time() + seconds
-    left = list(wanted)
     with tqdm(total=len(wanted), unit="row") as bar:
-        while left:
-            first = left[0]
-            group = list(next(groupby(left, together))[1])
+        while left := wanted[len(rows) :]:
+            first, group = left[0], list(next(groupby(left, together))[1])
             bar.set_description(" ".join(filter(None, (first.case, first.batch, first.setting, first.provider))))
             now = time.time()
             until = now + (deadline - now) * len(group) / len(left) if fair else deadline
             if now >= until:
                 found = [row.with_(reason=f"the budget of {seconds:.0f} s was used up") for row in group]
             else:
-                found = process(module, group, {**options, "until": until}, 0 if fair else PATIENCE_S)
+                found = process(module, group, {**options, "until": until}, 0 if fair else PATIENCE)
             rows += found
-            left = left[len(found) :]
             keep(rows)
             for row in found:
                 if row.status in ("failed", "wrong"):
@@ -82,21 +70,21 @@ def run(
 
 
 def process(
-    module: str,
-    group: Sequence[Row],
-    options: Mapping[str, Any],
-    patience: float = PATIENCE_S,
-    environment: Mapping[str, str] = MappingProxyType({}),
+    module: str, group: Sequence[Row], options: Options, patience: float = PATIENCE, environment: Options | None = None
 ) -> list[Row]:
     """Answers to at least the first of ``group``, from one process: up to the row that ended it."""
     limit = min(TIMEOUT_S * len(group), options["until"] + patience - time.time())
     with tempfile.TemporaryDirectory() as folder:
-        file, log = Path(folder, "rows.jsonl"), Path(folder, "log.txt")
+        file = Path(folder, "rows.jsonl")
         request = json.dumps({"rows": [asdict(row) for row in group], "options": options})
         command = [sys.executable, "-m", "benchmarks.harness.isolate", module, request, str(file)]
-        code, text = execute(command, log, limit, {"CUDA_VISIBLE_DEVICES": ONE_GPU, **environment})
+        code, text = execute(command, Path(folder, "log.txt"), limit, {**ONE_GPU, **(environment or {})})
         lines = file.read_text().splitlines() if file.exists() else []
-    answered = {row.key: row for row in map(_row, lines) if row is not None}
+    answered: dict[tuple[str, ...], Row] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a line that its process did not live to finish
+            row = Row(**json.loads(line))
+            answered[row.key] = row
     status: Status = "failed"
     cause = f"exit code {code}: {(text.strip().splitlines() or ['no output'])[-1][:300]}"
     if code is None:
@@ -118,27 +106,14 @@ def process(
     return found
 
 
-def _row(line: str) -> Row | None:
-    """A line of the answer; None for one that its process did not live to finish."""
-    try:
-        return Row(**json.loads(line))
-    except ValueError:
-        return None
-
-
 def execute(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """Exit code, None after ``limit`` seconds, and all that was printed. Its own children end with it: they would
-    disturb what is timed next."""
+    """Exit code, None after ``limit`` seconds, and all that was printed. Its children, which would disturb, end too."""
+    variables = {**os.environ, **QUIET, **environment}
+    code: int | None = None
     with log.open("w") as sink:
         child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **QUIET, **environment},
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=ROOT, env=variables, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
-        code: int | None = None
         try:
             code = child.wait(max(limit, 0.0))
         except subprocess.TimeoutExpired:

@@ -1,7 +1,5 @@
 """What a figure was measured on."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import os
@@ -12,23 +10,25 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+MATRIX_UNITS = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2"}  # the widest first
 
 
 def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+def git(*arguments: str) -> str:
+    """What git says in this checkout; OSError or CalledProcessError where it says nothing."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def commit() -> str:
     """Short hash of the checkout, with "+" where tracked files, its records apart, differ from it; "" outside one."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
     try:
         changed = git("status", "--porcelain", "-uno", "--", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except FileNotFoundError:
+    except (OSError, subprocess.CalledProcessError):
         return ""
 
 
@@ -45,6 +45,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def version(package: str) -> str:
+    """The version installed, or "" where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -55,31 +56,24 @@ def device_name(device: torch.device) -> str:
     """The device in words: a GPU's name, or the processor's with its cores and matrix instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = _cpuinfo()
-    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return f"{model[1].strip() if model else 'CPU'}, {_cores()} cores, {_matrix_unit(info)}"
+    model, cores, unit = _processor()
+    return f"{model}, {cores} cores, {unit}"
 
 
 def kind(device: torch.device) -> str:
     """A file name's worth of it: what machines of one kind have in common."""
     if device.type == "cuda":
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return f"cpu-{_cores()}core-{_matrix_unit(_cpuinfo())}"
+    _, cores, unit = _processor()
+    return f"cpu-{cores}core-{unit}"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpuinfo() -> str:
+def _processor() -> tuple[str, int, str]:
+    """Model, cores, and the widest instructions that bfloat16 products can use."""
     path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def _matrix_unit(info: str) -> str:
-    """The widest instructions that bfloat16 products can use."""
+    info = path.read_text() if path.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*\S)", info, re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)).split())
-    for flag, name in (("amx_bf16", "amx"), ("avx512_bf16", "avx512bf16"), ("avx512f", "avx512"), ("avx2", "avx2")):
-        if flag in flags:
-            return name
-    return "generic"
+    unit = next((name for flag, name in MATRIX_UNITS.items() if flag in flags), "generic")
+    return model[1] if model else "CPU", cores, unit

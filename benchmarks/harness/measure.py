@@ -1,13 +1,11 @@
 """Timing calls in turn, and turning whatever goes wrong into a row. Every measurement here goes through these."""
 
-from __future__ import annotations
-
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.harness.machine import synchronize
@@ -30,21 +28,18 @@ def in_turn(
     warm_up: int = 0,
     wait: bool = True,
 ) -> list[list[float]]:
-    """Milliseconds of each call, one round of all after the other, so that whatever slows the machine slows all.
-
-    ``repeats`` rounds, fewer after ``seconds``, but ``least`` in any case; ``warm_up`` more before them. Without
-    ``wait`` a GPU times itself and is kept busy throughout, so that starting a kernel costs nothing.
-    """
+    """Milliseconds of each call, one round of all after the other, so that whatever slows the machine slows all:
+    ``repeats`` rounds, fewer after ``seconds``, but ``least`` in any case, and ``warm_up`` before them. Without
+    ``wait`` a GPU times itself and is kept busy throughout, so that starting a kernel costs nothing."""
     for _ in range(warm_up):
         for call in calls:
             call()
-    taken: list[list[Callable[[], float]]] = [[] for _ in calls]
+    rounds: list[list[Callable[[], float]]] = []
     start = time.perf_counter()
-    while len(taken[0]) < least or (len(taken[0]) < repeats and time.perf_counter() - start < seconds):
-        for call, own in zip(calls, taken, strict=True):
-            own.append(timed(call, device, wait=wait))
+    while len(rounds) < least or (len(rounds) < repeats and time.perf_counter() - start < seconds):
+        rounds.append([timed(call, device, wait=wait) for call in calls])
     synchronize(device)
-    return [[milliseconds() for milliseconds in own] for own in taken]
+    return [[milliseconds() for milliseconds in own] for own in zip(*rounds, strict=True)]
 
 
 def timed(call: Callable[[], object], device: torch.device, *, wait: bool = True) -> Callable[[], float]:
@@ -65,9 +60,9 @@ def timed(call: Callable[[], object], device: torch.device, *, wait: bool = True
 
 def summary(times: Sequence[float], floors: Sequence[float]) -> dict[str, Any]:
     """The timing fields of a row. The ratio is of two medians, both of calls timed in turn."""
-    quintiles = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
-    median, floor = statistics.median(times), statistics.median(floors)
-    spread = {"p20_ms": quintiles[0], "p80_ms": quintiles[3], "repeats": len(times)}
+    low, median, high = np.quantile(times, [0.2, 0.5, 0.8]).tolist()
+    floor = np.quantile(floors, 0.5).item()
+    spread = {"p20_ms": low, "p80_ms": high, "repeats": len(times)}
     return {"median_ms": median, **spread, "floor_ms": floor, "ratio": median / floor}
 
 
@@ -90,8 +85,8 @@ def failure(row: Row, error: Exception) -> Row:
 
 
 def out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, (RuntimeError, MemoryError))
-    return isinstance(error, MemoryError) or (known and any(sign in str(error).lower() for sign in OUT_OF_MEMORY))
+    said = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 def one_line(error: Exception) -> str:

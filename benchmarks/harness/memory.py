@@ -1,13 +1,12 @@
 """Peak memory of a call: CUDA's own counter, or the process's resident size."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,62 +32,47 @@ def peak_of(call: Callable[[], object], device: torch.device) -> Peak:
         call()
         torch.cuda.synchronize(device)
         return Peak((torch.cuda.max_memory_allocated(device) - before) / MIB, None)
-    _return_free_memory()
-    highest = _kernel_peak(call) if _reset_kernel_peak() else None
-    if highest is None:
-        highest = _sampled_peak(call)
-    before_kib, peak_kib = highest
-    return Peak((peak_kib - before_kib) / 1024, peak_kib / 1024)
-
-
-def _kernel_peak(call: Callable[[], object]) -> tuple[float, float]:
-    """The kernel's high-water mark since its reset, which misses nothing."""
-    before = _status("VmRSS")
-    call()
-    return before, _status("VmHWM")
-
-
-def _sampled_peak(call: Callable[[], object]) -> tuple[float, float]:
-    """Where the mark cannot be reset: the largest of many looks, which can miss a peak shorter than a millisecond."""
-    import psutil
-
-    process, done, seen = psutil.Process(), threading.Event(), [psutil.Process().memory_info().rss]
-    before = seen[0]
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            seen.append(max(seen.pop(), process.memory_info().rss))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    # What this package and the C library keep goes back, so that a call cannot hide its use in what another left.
+    release()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
     try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return before / 1024, max(seen[0], process.memory_info().rss) / 1024
+        # Creating inputs and checking them costs more memory than most calls, so the kernel's mark has to start anew.
+        Path("/proc/self/clear_refs").write_text("5")
+        anew = _status("VmHWM") <= _status("VmRSS") * 1.05
+    except OSError:
+        anew = False
+    if not anew:
+        return _sampled_peak(call)
+    resident = _status("VmRSS")
+    call()
+    return Peak(_status("VmHWM") - resident, _status("VmHWM"))
 
 
 def _status(name: str) -> float:
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {name}")
-    return float(found[1])
+    return float(found[1]) / 1024
 
 
-def _reset_kernel_peak() -> bool:
-    """Creating inputs and checking them costs more memory than most calls, so the mark has to start anew."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _status("VmHWM") <= _status("VmRSS") * 1.05
+def _sampled_peak(call: Callable[[], object]) -> Peak:
+    """Where the mark cannot be reset: the largest of many looks, which can miss a peak shorter than a millisecond."""
+    import psutil
 
+    process, done = psutil.Process(), threading.Event()
+    before = highest = process.memory_info().rss
 
-def _return_free_memory() -> None:
-    """Hand back what the C library and this package keep, so that a call cannot hide its use in what another left."""
-    release()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, process.memory_info().rss)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch)
+        try:
+            call()
+        finally:
+            done.set()
+    highest = max(highest, process.memory_info().rss)
+    return Peak((highest - before) / MIB, highest / MIB)

@@ -1,12 +1,10 @@
 """One measurement as a row: what is asked for and, once answered, what came of it. And the file rows are kept in."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Status = Literal["ok", "unsupported", "out of memory", "wrong", "failed", "not reached"]
 
@@ -67,7 +65,7 @@ class Row:
     def key(self) -> tuple[str, ...]:
         return (*self.group, self.provider)
 
-    def with_(self, **changes: Any) -> Row:
+    def with_(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
 
@@ -113,23 +111,18 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
-    @staticmethod
-    def load(path: Path) -> Record:
-        """
-        Raises:
-            ValueError: the file is no record.
-        """
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The record in a file; ValueError where it holds none."""
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or "rows" not in found:
             raise ValueError(f"{path} is not a record of this benchmark: it has no rows; write one with --json")
-        return Record(
-            machine=found.get("machine", ""),
-            date=found.get("date", ""),
-            commit=found.get("commit", ""),
-            rows=[Row(**row) for row in found["rows"]],
-            accuracy=[AccuracyRow(**row) for row in found.get("accuracy", [])],
-            checks=[Check(**row) for row in found.get("checks", [])],
-        )
+        kinds = {"rows": Row, "accuracy": AccuracyRow, "checks": Check}
+        lists: dict[str, Any] = {name: [kind(**row) for row in found.get(name, [])] for name, kind in kinds.items()}
+        return cls(**{name: found[name] for name in ("machine", "date", "commit") if name in found}, **lists)
+
+
+Keep = Callable[[list[Row]], None]  # sees the rows so far, so that an interrupted run is not lost
 
 
 def merged(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:

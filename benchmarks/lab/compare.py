@@ -5,14 +5,13 @@ process each, in the order A B B A: whatever slows the machine for a while meets
 This module is imported with either package, so it takes no more of one than ``orpo_loss``.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,9 +20,9 @@ from tqdm import tqdm
 import orpo_kernels
 from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import UnsupportedError, in_turn, measured, summary
-from benchmarks.harness.record import Row
-from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
-from benchmarks.problems.inputs import make_problem
+from benchmarks.harness.record import Keep, Row
+from benchmarks.problems.cases import BATCHES, BETA
+from benchmarks.problems.inputs import problem_of
 
 SIDES = ("before", "after")
 REPEATS, SECONDS = {"cpu": 5, "cuda": 30}, 20.0  # timed calls of a process at most, and when no more is begun
@@ -31,37 +30,24 @@ REPEATS, SECONDS = {"cpu": 5, "cuda": 30}, 20.0  # timed calls of a process at m
 
 @contextmanager
 def checkout(commit: str) -> Iterator[tuple[Path, str]]:
-    """A temporary git worktree of ``commit``, and its short hash.
-
-    Raises:
-        UnsupportedError: this is no git checkout, or it has no such commit.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(machine.ROOT), *arguments]
+    """A temporary git worktree of ``commit``, and its short hash; UnsupportedError where git has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder).resolve() / "checkout"
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            known = machine.git("rev-parse", "--short", "--verify", f"{commit}^{{commit}}")
+            machine.git("worktree", "add", "--detach", str(path), known)
+        except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             raise UnsupportedError(f"--against {commit}: git cannot check it out: {said.strip()}") from error
-
-    known = git("rev-parse", "--short", "--verify", f"{commit}^{{commit}}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder).resolve() / known
-        git("worktree", "add", "--detach", str(path), known)
         try:
             yield path, known
         finally:
-            git("worktree", "remove", "--force", str(path))
+            machine.git("worktree", "remove", "--force", str(path))
 
 
-def run(
-    wanted: Sequence[Row], commit: str, device: str, rounds: int, keep: Callable[[list[Row]], None] = lambda _: None
-) -> list[Row]:
+def run(wanted: Sequence[Row], commit: str, device: str, rounds: int, keep: Keep = lambda _: None) -> list[Row]:
     """Both sides of each row. ``floor_ms`` of either is the median of what was before, so ``ratio`` is after / before.
-
-    ``figures`` holds the median milliseconds of each round and the ratio of each.
-    """
+    ``figures`` holds the median milliseconds and the ratio of each round."""
     rows: list[Row] = []
     with checkout(commit) as (path, known), tqdm(total=2 * rounds * len(wanted), unit="process") as bar:
         places = {"before": (path, known), "after": (machine.ROOT, machine.commit())}
@@ -71,11 +57,9 @@ def run(
                 for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                     package, label = places[side]
                     bar.set_description(f"{row.case} {row.batch} {side}")
-                    asked = row.with_(provider=side, task="compare")
-                    options = {"device": device, "until": float("inf")}
-                    (answer,) = isolate.process(
-                        "benchmarks.lab.compare", [asked], options, environment={"ORPO_CHECKOUT": str(package)}
-                    )
+                    asked = [row.with_(provider=side, task="compare")]
+                    options, environment = {"device": device, "until": float("inf")}, {"ORPO_CHECKOUT": str(package)}
+                    (answer,) = isolate.process("benchmarks.lab.compare", asked, options, environment=environment)
                     answers[side].append(answer.with_(commit=label))
                     bar.update()
             rows += _both(answers)
@@ -90,37 +74,29 @@ def _both(answers: dict[str, list[Row]]) -> list[Row]:
         return [row or answers[side][0] for side, row in zip(SIDES, wrong, strict=True)]
     rounds = {side: [row.median_ms or 0.0 for row in answers[side]] for side in SIDES}
     ratios = [after / before for before, after in zip(*rounds.values(), strict=True)]
-    return [
-        answers[side][0].with_(
-            **summary(rounds[side], rounds["before"]), figures={"rounds_ms": rounds[side], "ratios": ratios}
-        )
-        for side in SIDES
-    ]
+    timings = {side: summary(own, rounds["before"]) for side, own in rounds.items()}
+    figures = {side: {"rounds_ms": own, "ratios": ratios} for side, own in rounds.items()}
+    return [answers[side][0].with_(figures=figures[side], **timings[side]) for side in SIDES]
 
 
 def measure(rows: Sequence[Row], *, device: str, until: float) -> Iterator[Row]:
     """Medians of this process's own package, the first call of each row left out."""
-    where = Path(orpo_kernels.__file__).resolve()
+    where, place = Path(orpo_kernels.__file__).resolve(), torch.device(device)
     if not where.is_relative_to(os.environ["ORPO_CHECKOUT"]):
         raise RuntimeError(f"orpo_kernels came from {where}, not from {os.environ['ORPO_CHECKOUT']}")
     for row in rows:
-        yield measured(row.with_(**machine.about(torch.device(device))), _measure, torch.device(device))
+        yield measured(row.with_(**machine.about(place)), _measure, place)
 
 
 def _measure(row: Row, device: torch.device) -> Row:
-    problem = make_problem(CASES[row.case], BATCHES[row.batch], STATES[row.states], row.dtype, row.head, device)
+    problem = problem_of(row, device)
+    inputs = problem.hidden, problem.weight, problem.labels
+    options: dict[str, Any] = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
     losses: list[float] = []
 
     def call() -> None:
         problem.clear_gradients()
-        loss = orpo_kernels.orpo_loss(
-            problem.hidden,
-            problem.weight,
-            problem.labels,
-            nll_labels=problem.nll_labels,
-            beta=BETA,
-            softcap=problem.softcap,
-        ).loss
+        loss = orpo_kernels.orpo_loss(*inputs, **options).loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
 
@@ -131,16 +107,14 @@ def _measure(row: Row, device: torch.device) -> Row:
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """A line for each problem: medians over rounds, their ratio, and the lowest and highest ratio of a round."""
     lines = []
-    for before, after in zip(rows[::2], rows[1::2], strict=True):
-        line = {name: getattr(before, name) for name in ("case", "batch", "dtype", "head")}
-        line |= {f"{row.provider} {row.commit}, ms": row.median_ms for row in (before, after)}
+    for both in zip(rows[::2], rows[1::2], strict=True):
+        before, after = both
         ratios = after.figures.get("ratios", ())
-        spread = f"{min(ratios):.3f}-{max(ratios):.3f}" if ratios else "-"
-        gap = abs(after.loss / before.loss - 1) if before.loss and after.loss else None
-        note = next(
-            (f"{row.provider}: {row.status}: {row.reason}" for row in (before, after) if row.status != "ok"), ""
-        )
-        lines.append(
-            {**line, "ratio": after.ratio if ratios else None, "of a round": spread, "loss gap": gap, "": note}
-        )
+        line = {name: getattr(before, name) for name in ("case", "batch", "dtype", "head")}
+        line |= {f"{row.provider} {row.commit}, ms": row.median_ms for row in both}
+        line["ratio"] = after.ratio if ratios else None
+        line["of a round"] = f"{min(ratios):.3f}-{max(ratios):.3f}" if ratios else "-"
+        line["loss gap"] = abs(after.loss / before.loss - 1) if before.loss and after.loss else None
+        line[""] = next((f"{row.provider}: {row.status}: {row.reason}" for row in both if row.status != "ok"), "")
+        lines.append(line)
     return pd.DataFrame(lines)

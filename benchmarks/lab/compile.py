@@ -5,17 +5,15 @@ types, constants and tiles of the chip's row in the configuration table, is comp
 spills and shared memory come from the assembler's own report, the tensor-core instruction from the assembly.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -29,8 +27,7 @@ from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.targets import Columns
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A chip: what Triton calls it, the shared memory of one program, and how its tensor cores are spelled."""
 
     backend: str
@@ -51,39 +48,13 @@ TARGETS = {
 }
 GEMMS = ("exp_gemm_tma_kernel", "exp_gemm_kernel", "recompute_overflowed_kernel")
 # Arguments that are None where a branch of a kernel is off.
-OF_GEMM = ("exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight")
-OPTIONAL = (*OF_GEMM, "grad_logp_hidden", "source_rows", "out_rows", "a", "b", "label_entry")
+OPTIONAL = {"exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight", "grad_logp_hidden", "source_rows"}
+OPTIONAL |= {"out_rows", "a", "b", "label_entry"}
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {**FLOATS, torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1"}
 
 
-@dataclass(frozen=True)
-class CompileRow:
-    """One binary."""
-
-    kernel: str
-    target: str
-    config: str  # dtypes, tiles, warps, stages, and which branches are on
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    shared_limit: int
-    tensor_core: str  # the instruction found, or nothing
-    wants_tensor_core: bool  # a product of 16-bit matrices
-    triton: str
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with it, or nothing."""
-        if self.spill_bytes:
-            return f"spills {self.spill_bytes} bytes"
-        if self.shared_bytes > self.shared_limit:
-            return f"{self.shared_bytes} bytes of shared memory, the chip has {self.shared_limit}"
-        return "no tensor cores" if self.wants_tensor_core and not self.tensor_core else ""
-
-
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """What decides a kernel's binary."""
 
     module: str
@@ -158,20 +129,16 @@ def _call(
 
 
 def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
-    meta = dict(meta)
-    warps, stages = meta.pop("num_warps", 4), meta.pop("num_stages", 3)
+    constants = dict(meta)
+    warps, stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)
     fixed = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
-    signature, constants, divisible = {}, dict(meta), []
+    signature, divisible = {}, []
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if value is None or (isinstance(value, int) and value == 1 and name not in fixed):
             constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            if name not in fixed:
-                divisible.append(place)
-        elif isinstance(value, int):
-            signature[name] = "i32"
-            if name not in fixed and value % 16 == 0:
+        elif isinstance(value, (torch.Tensor, int)):
+            signature[name] = "i32" if isinstance(value, int) else f"*{TYPES[value.dtype]}"
+            if name not in fixed and not (isinstance(value, int) and value % 16):
                 divisible.append(place)
         elif isinstance(value, float):
             signature[name] = "fp32"
@@ -179,13 +146,13 @@ def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
             block = ", ".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
     ordered = tuple((name, signature.get(name, "constexpr")) for name in kernel.arg_names)
-    return Launch(
-        kernel.__module__, kernel.__name__, ordered, tuple(sorted(constants.items())), tuple(divisible), warps, stages
-    )
+    known, names = tuple(sorted(constants.items())), (kernel.__module__, kernel.__name__)
+    return Launch(*names, ordered, known, tuple(divisible), warps, stages)
 
 
-def compile_one(arch: str, launch: Launch) -> CompileRow:
-    """Compile one launch for one chip and read the assembler's report."""
+def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
+    """Compile one launch for one chip and read the assembler's report. ``config`` names dtypes, tiles, warps, stages,
+    and which branches are on; a product of 16-bit matrices ``wants_tensor_core``."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -196,44 +163,44 @@ def compile_one(arch: str, launch: Launch) -> CompileRow:
         constexprs=dict(launch.constants),
         attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
-    )
+    chip, options = GPUTarget(*target[:3]), {"num_warps": launch.warps, "num_stages": launch.stages}
+    compiled = triton.compile(source, target=chip, options=options)
     if target.backend == "cuda":
         assembly = compiled.asm["ptx"]
         registers, spills = _cuda_resources(compiled.asm["cubin"])
     else:
         assembly = compiled.asm["amdgcn"]
-        registers = _amd_field(assembly, "vgpr_count")
-        spills = _amd_field(assembly, "private_segment_fixed_size")  # scratch memory of a thread
+        fields = dict(re.findall(r"\.(\w+):\s+(\d+)", assembly))
+        registers, spills = int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])  # scratch of a thread
     instruction = next(filter(None, (re.search(pattern, assembly) for pattern in target.tensor_core)), None)
-    tiles = {name: value for name, value in launch.constants if name.startswith(("BLOCK", "GROUP"))}
-    flags = [name.lower() for name, value in launch.constants if value is True]
     kinds = {name: re.sub(r"tensordesc<(\w+).*", r"\1", kind.strip("*")) for name, kind in launch.signature}
-    present = [re.sub(r"_(ptr|desc)$", "", name) for name, kind in launch.signature if kind != "constexpr"]
-    flags += [name for name in present if name in OPTIONAL]
     named = [kinds[name] for name in ("hidden_ptr", "hidden_desc", "source_ptr", "values_ptr") if name in kinds]
-    return CompileRow(
-        kernel=launch.kernel,
-        target=arch,
-        config=" ".join(
-            [
-                *named,
-                *(f"{name.lower().removeprefix('block_')}={value}" for name, value in tiles.items()),
-                f"warps={launch.warps} stages={launch.stages}",
-                *flags,
-            ]
-        ),
-        registers=registers,
-        spill_bytes=spills,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=target.shared_limit,
-        tensor_core=instruction.group(0) if instruction else "",
-        wants_tensor_core=launch.kernel in GEMMS and "fp32" not in named,
-        triton=triton.__version__,
-    )
+    sizes = [(name, value) for name, value in launch.constants if name.startswith(("BLOCK", "GROUP"))]
+    tiles = [f"{name.lower().removeprefix('block_')}={value}" for name, value in sizes]
+    flags = [name.lower() for name, value in launch.constants if value is True]
+    present = [re.sub(r"_(ptr|desc)$", "", name) for name, kind in launch.signature if kind != "constexpr"]
+    words = [*named, *tiles, f"warps={launch.warps} stages={launch.stages}", *flags]
+    return {
+        "kernel": launch.kernel,
+        "target": arch,
+        "config": " ".join([*words, *(name for name in present if name in OPTIONAL)]),
+        "registers": registers,
+        "spill_bytes": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "shared_limit": target.shared_limit,
+        "tensor_core": instruction[0] if instruction else "",
+        "wants_tensor_core": launch.kernel in GEMMS and "fp32" not in named,
+        "triton": triton.__version__,
+    }
+
+
+def problem(row: Mapping[str, Any]) -> str:
+    """What is wrong with a binary, or nothing."""
+    if row["spill_bytes"]:
+        return f"spills {row['spill_bytes']} bytes"
+    if row["shared_bytes"] > row["shared_limit"]:
+        return f"{row['shared_bytes']} bytes of shared memory, the chip has {row['shared_limit']}"
+    return "no tensor cores" if row["wants_tensor_core"] and not row["tensor_core"] else ""
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
@@ -247,28 +214,19 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report.stdout + report.stderr)
     assert found is not None, report.stdout
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+    return int(found[1]), int(found[2]) + int(found[3])
 
 
-def _amd_field(assembly: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-    assert found is not None, name
-    return int(found.group(1))
-
-
-def run(targets: Sequence[str], workers: int | None = None) -> list[CompileRow]:
+def run(targets: Sequence[str]) -> list[dict[str, Any]]:
     """Compile everything for ``targets``, on all cores; Triton's own cache makes a second run quick."""
     work = [(target, launch) for target in targets for launch in launches(target)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor() as pool:
         rows = list(tqdm(pool.map(compile_one, *zip(*work, strict=True)), total=len(work), desc="compile"))
-    return sorted(rows, key=lambda row: (row.target, row.kernel, row.config))
+    return sorted(rows, key=itemgetter("target", "kernel", "config"))
 
 
-def report(rows: Sequence[CompileRow]) -> str:
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a binary; what is wrong with any stands at the end."""
     shown = ["target", "kernel", "config", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
-    found = pd.DataFrame([asdict(row) for row in rows])[shown]
-    bad = [row for row in rows if row.problem]
-    said = [f"{row.target} {row.kernel} {row.config}: {row.problem}" for row in bad]
-    return "\n".join([text(found), *said, f"{len(rows)} binaries, {len(bad)} with a problem"])
+    bad = [f"{row['target']} {row['kernel']} {row['config']}: {problem(row)}" for row in rows if problem(row)]
+    return "\n".join([text(pd.DataFrame(rows)[shown]), *bad, f"{len(rows)} binaries, {len(bad)} with a problem"])

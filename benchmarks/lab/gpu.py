@@ -4,13 +4,12 @@ Each step has a share of the time; what it did not reach says so in the record. 
 at toy sizes under Triton's interpreter, so that the command cannot rot where there is no GPU.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from benchmarks.harness import machine
 from benchmarks.harness.isolate import execute
 from benchmarks.harness.record import Check, Record, Row, merged
 from benchmarks.problems.sections import gpu_race, rows
-from benchmarks.report import tables, targets
+from benchmarks.report import promises, tables
 
 SUITE = (
     *(f"tests/core/test_{name}.py" for name in ("accuracy", "finite", "plan", "surface", "compile", "objectives")),
@@ -34,86 +33,74 @@ NO_GPU = (
     "--deselect=tests/core/test_surface.py::test_import_is_light",
 )
 # Small on purpose: a sanitizer slows every kernel by one or two orders of magnitude.
-SANITIZED = (
-    "tests/core/test_accuracy.py",
-    "tests/backends/test_triton.py",
-    "-k",
-    "matches_float64 and triton or overflowed_rows or odds_ratio",
-)
+SMALL = "matches_float64 and triton or overflowed_rows or odds_ratio"
+SANITIZED = ("tests/core/test_accuracy.py", "tests/backends/test_triton.py", "-k", SMALL)
 TOY = ("tests/backends/test_triton.py", "-k", "two_runs and float32")
-WORKERS = 8
 FAILED = re.compile(r"\b(FAILED|ERROR)\b tests/|^=+ (Error|Invalid)|^E  ")
 STEPS = ("suite", "accuracy", "race", "memcheck", "racecheck")
 
 
 class Step(NamedTuple):
-    """``seconds`` is what it may take."""
-
     name: str
     what: str
-    seconds: float
-    run: Callable[[Record, float], None]
+    seconds: float  # what it may take
+    run: Callable[[Record, float], None]  # writes into a record within as many seconds
 
 
 def steps(device: str, seconds: float, keep: Callable[[Record], None], logs: Path) -> list[Step]:
     """The order is that of what would be missed most. What a check prints goes to a file in ``logs``."""
     toy = device == "cpu"
     pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    suite = [*pytest, *(TOY if toy else ("-n", str(WORKERS), *NO_GPU, *SUITE))]
-    sanitized = [*pytest, *SANITIZED]
+    suite = [*pytest, *(TOY if toy else ("-n", "8", *NO_GPU, *SUITE))]
     known = [str(path) for path in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")]
     tool = shutil.which("compute-sanitizer") or next(iter(known), None)
 
-    def checked(name: str, command: Sequence[str]) -> Callable[[Record, float], None]:
-        return lambda found, limit: _replace(found, _check(name, command, limit, logs / f"{name}.log"))
+    missing = "it watches a GPU, and there is none" if toy else ""
+    if tool is None:
+        missing = "compute-sanitizer is not on the PATH"
 
-    def sanitizer(kind: str) -> Callable[[Record, float], None]:
-        if tool is None or toy:
-            reason = "compute-sanitizer is not on the PATH" if tool is None else "it watches a GPU, and there is none"
-            return lambda found, limit: _replace(found, Check(kind, "not available", 0.0, reason))
-        return checked(kind, [tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "5", *sanitized])
+    def checked(name: str, command: Sequence[str], missing: str, found: Record, limit: float) -> None:
+        absent = Check(name, "not available", 0.0, missing)
+        check = absent if missing else _check(name, command, limit, logs / f"{name}.log")
+        found.checks = [*(other for other in found.checks if other.name != name), check]
+
+    def sanitizer(kind: str) -> Step:
+        command = [tool or "", "--tool", kind, "--error-exitcode", "9", "--print-limit", "5", *pytest, *SANITIZED]
+        return Step(kind, "compute-sanitizer, small cases", 0.12 * seconds, partial(checked, kind, command, missing))
 
     def regimes(found: Record, limit: float) -> None:
         found.accuracy = accuracy.run(device, *((32, 256, 8000) if toy else ()))
 
-    def raced(wanted: Sequence[Row]) -> Callable[[Record, float], None]:
-        def run(found: Record, limit: float) -> None:
-            before = list(found.rows)
+    def raced(wanted: Sequence[Row], found: Record, limit: float) -> None:
+        before = list(found.rows)
 
-            def so_far(measured: list[Row]) -> None:
-                found.rows = merged(before, measured)
-                keep(found)
+        def so_far(measured: list[Row]) -> None:
+            found.rows = merged(before, measured)
+            keep(found)
 
-            effort = {"repeats": 3, "seconds": 15.0} if toy else race.EFFORT[device]
-            race.run(wanted, device, keep=so_far, budget=limit, **effort)
-
-        return run
+        effort = {"repeats": 3, "seconds": 15.0} if toy else race.EFFORT[device]
+        race.run(wanted, device, keep=so_far, budget=limit, **effort)
 
     shares = zip(sections(device).items(), (0.13, 0.19, 0.09), strict=True)
     return [
-        Step("suite", " ".join(suite[1:]), 0.32 * seconds, checked("suite", suite)),
+        Step("suite", " ".join(suite[1:]), 0.32 * seconds, partial(checked, "suite", suite, "")),
         Step("accuracy", "errors against float64 in five regimes", 0.03 * seconds, regimes),
-        *(
-            Step(f"race: {name}", f"{len(few)} measurements", share * seconds, raced(few))
-            for (name, few), share in shares
-        ),
-        Step("memcheck", "compute-sanitizer, small cases", 0.12 * seconds, sanitizer("memcheck")),
-        Step("racecheck", "compute-sanitizer, small cases", 0.12 * seconds, sanitizer("racecheck")),
+        *(Step(f"race: {k}", f"{len(few)} measurements", n * seconds, partial(raced, few)) for (k, few), n in shares),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
     ]
 
 
 def sections(device: str) -> dict[str, list[Row]]:
     if device == "cuda":
         return gpu_race()
-
-    def toy(*providers: str) -> list[Row]:
-        return rows(["tiny-cpu"], ["tiny-cpu"], ["trainable"], ["float32"], providers)
-
-    return {"ours": toy("ours_triton", "floor"), "others": toy("naive"), "compiled": []}
+    toy = {"ours": ("ours_triton", "floor"), "others": ("naive",), "compiled": ()}
+    tiny = ["tiny-cpu"], ["tiny-cpu"], ["trainable"], ["float32"]
+    return {name: rows(*tiny, providers) for name, providers in toy.items()}
 
 
 def run(device: torch.device, seconds: float, path: Path, only: Sequence[str]) -> int:
-    """Run the steps, write the record after each, end with what misses its target. 0 if all that ran holds."""
+    """Run the steps, write the record after each, end with what breaks its promise. 0 if all that ran holds."""
     found = race.opened(path, device)
     logs = machine.ROOT / "build" if path.parent == race.RESULTS else path.parent
     logs.mkdir(parents=True, exist_ok=True)
@@ -126,40 +113,31 @@ def run(device: torch.device, seconds: float, path: Path, only: Sequence[str]) -
         left = seconds - (time.perf_counter() - start)
         step.run(found, left * step.seconds / sum(later.seconds for later in chosen[index:]))
         found.save(path)
-    summary(device, found)
-    print(f"{time.perf_counter() - start:.0f} s; written to {path}, logs to {logs}")
-    bad = any(check.status == "failed" for check in found.checks)
-    return 1 if bad or any(row.status in ("failed", "wrong") for row in found.rows) else 0
-
-
-def summary(device: torch.device, found: Record) -> None:
-    """The race's tables, the checks, and what misses its target."""
     tables.print_rows(found.rows)
     tables.print_accuracy(found.accuracy)
     for check in found.checks:
         print(f"{check.name}: {check.status} after {check.seconds:.0f} s: {check.detail}")
     if device.type == "cpu":
         print("toy sizes on a CPU: no target applies")
-        return
-    verdicts = pd.DataFrame(targets.verdicts("gpu", found))
-    missed = verdicts[verdicts.holds == False]  # noqa: E712  None is neither
-    print(f"\nmisses its target\n{tables.text(missed.drop(columns='holds'))}")
-    unknown, held = verdicts.holds.isna().sum(), (verdicts.holds == True).sum()  # noqa: E712
-    print(f"{held} targets held, {len(missed)} missed, {unknown} not measured")
+    else:
+        verdicts = pd.DataFrame(promises.verdicts("gpu", found))
+        missed = verdicts[verdicts.holds == False]  # noqa: E712  None is neither
+        print(f"\nmisses its target\n{tables.text(missed.drop(columns='holds'))}")
+        unknown, held = verdicts.holds.isna().sum(), (verdicts.holds == True).sum()  # noqa: E712
+        print(f"{held} targets held, {len(missed)} missed, {unknown} not measured")
+    print(f"{time.perf_counter() - start:.0f} s; written to {path}, logs to {logs}")
+    ends = {check.status for check in found.checks} | {row.status for row in found.rows}
+    return int(bool(ends & {"failed", "wrong"}))
 
 
 def print_plan(device: str, seconds: float) -> None:
     """What would run, and for how long at most."""
     planned = steps(device, seconds, lambda _: None, Path())
-    lines = [(step.name, f"{step.seconds:.0f}", step.what) for step in planned]
-    print(tables.text(tables.listed(("step", "seconds at most", "what"), lines)))
+    table = [{"step": step.name, "seconds at most": f"{step.seconds:.0f}", "what": step.what} for step in planned]
+    print(tables.text(pd.DataFrame(table)))
     for name, wanted in sections(device).items():
         for row in wanted:
             print(f"{name}: {' '.join(filter(None, row.key))}")
-
-
-def _replace(found: Record, check: Check) -> None:
-    found.checks = [*(other for other in found.checks if other.name != check.name), check]
 
 
 def _check(name: str, command: Sequence[str], limit: float, log: Path) -> Check:
@@ -167,16 +145,12 @@ def _check(name: str, command: Sequence[str], limit: float, log: Path) -> Check:
     extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name == "memcheck" else {}
     start = time.perf_counter()
     code, text = execute(command, log, limit, {**extra, "COLUMNS": "300"})
-    failed = sorted({line.strip() for line in text.splitlines() if FAILED.search(line)})
-    detail = _end(text) + "".join(f"\n{line[:300]}" for line in failed[:20])
     seconds = time.perf_counter() - start
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    failed = sorted({line.strip() for line in lines if FAILED.search(line)})
+    detail = "\n".join([" | ".join(lines[-3:])[-600:], *(line[:300] for line in failed[:20])])
     if code is None:
         return Check(name, "not reached", seconds, f"longer than {limit:.0f} s; so far: {detail}")
     if code and "Device not supported" in text:
         return Check(name, "not available", seconds, "compute-sanitizer does not support this device here")
     return Check(name, "failed" if code else "ok", seconds, detail)
-
-
-def _end(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return " | ".join(lines[-3:])[-600:]

@@ -1,10 +1,7 @@
 """Where one call of the loss spends its time: kernels by step, and the whole call over the floor.
 
-torch's profiler serves both devices. Triton ships one of its own, Proton, which counts bytes and FLOP too; but it
-records the kernels of a GPU only, so that a CPU would need this one beside it, and there has been no GPU to try it on.
+torch's profiler serves both devices; Proton, which Triton ships, records the kernels of a GPU only.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,14 +14,14 @@ from torch.profiler import ProfilerActivity
 from benchmarks.harness import machine
 from benchmarks.harness.measure import in_turn, summary, timed
 from benchmarks.harness.record import Row
-from benchmarks.problems.cases import BATCHES, BETA, CASES, STATES
+from benchmarks.problems.cases import BETA
 from benchmarks.problems.floor import build_floor
-from benchmarks.problems.inputs import make_problem
+from benchmarks.problems.inputs import problem_of
+from benchmarks.report.tables import text
 from orpo_kernels import explain, orpo_loss
 
 WARM_UP, REPEATS = 3, 5
 DEFAULTS = {"cuda": ("llama3-8b", "ultrafeedback"), "cpu": ("small-v32k-cpu", "ragged-small-cpu")}
-CALL = "whole call"
 
 # A kernel, or on a CPU an operator, belongs to the first step whose pattern its name holds. Products are cuBLAS's
 # (nvjet, cutlass, xmma and gemm names, and what adds their splits), rocBLAS's (Cijk) or ATen's own.
@@ -49,7 +46,8 @@ class Kernel(NamedTuple):
 
 def run(case: str, batch: str, head: str, device: torch.device) -> list[Row]:
     """The whole call over its floor, timed without a profiler, then its steps under one, the longest first."""
-    problem = make_problem(CASES[case], BATCHES[batch], STATES["trained-like"], "bfloat16", head, device)
+    row = Row(case, batch, "trained-like", head, "bfloat16", "full", "whole call", "ok", task="profile")
+    problem = problem_of(row, device)
     inputs = problem.hidden, problem.weight, problem.labels
     options: dict[str, Any] = {"nll_labels": problem.nll_labels, "beta": BETA, "softcap": problem.softcap}
     plan = explain(*inputs, **options)
@@ -58,7 +56,6 @@ def run(case: str, batch: str, head: str, device: torch.device) -> list[Row]:
         problem.clear_gradients()
         orpo_loss(*inputs, **options).loss.backward()  # type: ignore[no-untyped-call]
 
-    row = Row(case, batch, "trained-like", head, "bfloat16", "full", CALL, "ok", task="profile")
     row = row.with_(**machine.about(device), targets=plan.targets, positions=plan.positions)
     cut, floor = build_floor(problem, "full")
     times, floors = in_turn([call, floor], device, repeats=REPEATS, warm_up=WARM_UP)
@@ -70,27 +67,23 @@ def run(case: str, batch: str, head: str, device: torch.device) -> list[Row]:
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> tuple[float, list[Kernel]]:
-    """Milliseconds of a call under the profiler, and its kernels: on a GPU from the first one's start to the last
-    one's end."""
+    """Milliseconds of a call under the profiler, and what ran: on a GPU kernels, from the first one's start to the last
+    one's end; on a CPU operators by the time they spent themselves, so that none counts twice."""
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities):  # the first one starts the profiler itself
         call()
     with torch.profiler.profile(activities=activities) as seen:
         total = timed(call, device)()
-    kernels = kernels_of(seen.events() or [], device)
+    kernels = []
+    for event in seen.events() or []:
+        if event.device_type.name == device.type.upper() and not event.is_user_annotation:
+            taken = event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
+            kernels.append(Kernel(event.name, event.time_range.start, taken))
     if not kernels:
         raise RuntimeError(f"the profiler saw no kernel on {device}: is another profiler attached to it?")
     if device.type == "cuda":
         total = (max(k.start + k.duration for k in kernels) - min(k.start for k in kernels)) / 1e3
     return total, kernels
-
-
-def kernels_of(events: Sequence[Any], device: torch.device) -> list[Kernel]:
-    """What ran on the device; on a CPU operators by the time they spent themselves, so that none counts twice."""
-    own = [event for event in events if event.device_type.name == device.type.upper() and not event.is_user_annotation]
-    if device.type == "cuda":
-        return [Kernel(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in own]
-    return [Kernel(event.name, event.time_range.start, event.self_cpu_time_total) for event in own]
 
 
 def steps_of(kernels: Sequence[Kernel], row: Row, total_ms: float) -> list[Row]:
@@ -99,11 +92,10 @@ def steps_of(kernels: Sequence[Kernel], row: Row, total_ms: float) -> list[Row]:
     for kernel in kernels:
         step = next(step for step, pattern in STEPS.items() if re.search(pattern, kernel.name))
         found.setdefault(step, []).append(kernel.duration / 1e3)
-    rows = [
+    return [
         row.with_(provider=step, median_ms=sum(own), figures={"launches": len(own), "share": sum(own) / total_ms})
-        for step, own in found.items()
+        for step, own in sorted(found.items(), key=lambda item: -sum(item[1]))
     ]
-    return sorted(rows, key=lambda row: -(row.median_ms or 0.0))
 
 
 def busy_ms(kernels: Sequence[Kernel]) -> float:
@@ -116,15 +108,10 @@ def busy_ms(kernels: Sequence[Kernel]) -> float:
     return busy / 1e3
 
 
-def table(steps: Sequence[Row]) -> pd.DataFrame:
-    return pd.DataFrame([{"step": row.provider, "ms": row.median_ms, **row.figures} for row in steps])
-
-
-def described(call: Row) -> str:
-    """The whole call in words."""
+def print_rows(call: Row, steps: Sequence[Row]) -> None:
+    """The whole call in words, and its steps."""
     total, idle = call.figures["total_ms"], call.figures["idle_ms"]
-    return (
-        f"{call.case}, {call.batch}, head {call.head}; {call.device}\n{call.figures['plan']}\n"
-        f"{call.median_ms:.2f} ms a call, {call.ratio:.2f} of its products alone ({call.cut}); "
-        f"profiled {total:.2f} ms, of it {idle:.2f} idle"
-    )
+    print(f"{call.case}, {call.batch}, head {call.head}; {call.device}\n{call.figures['plan']}")
+    print(f"{call.median_ms:.2f} ms a call, {call.ratio:.2f} of its products alone ({call.cut}); ", end="")
+    print(f"profiled {total:.2f} ms, of it {idle:.2f} idle")
+    print(text(pd.DataFrame([{"step": row.provider, "ms": row.median_ms, **row.figures} for row in steps])))

@@ -1,15 +1,10 @@
 """A whole TRL training step, stock against patched: pairs a second, peak memory, the longest pair that trains.
 
-The head is one part of a step; what its kernels save shows in a user's run only as far as the rest of the model lets
-it. So this trains real models with TRL's own trainer, preprocessing and optimiser, both variants from the same seed on
-the same pairs. Weights are random: neither time nor memory depends on their values, and nothing is downloaded.
-
-The two variants share a process and take turns, a round of steps each, so that a disturbance that lasts a while slows
-some rounds of both and not all of one. The search for the longest pair has a process for each on a CPU, where running
-out of memory is the end of it.
+TRL's own trainer on models with random weights, since neither time nor memory depends on their values; both variants
+from the same seed on the same pairs. They share a process and take turns, a round of steps each, so that a disturbance
+that lasts a while slows some rounds of both and not all of one. The search for the longest pair has a process for each
+on a CPU, where running out of memory is the end of it.
 """
-
-from __future__ import annotations
 
 import gc
 import random
@@ -17,9 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -27,9 +21,9 @@ import torch
 from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import UnsupportedError, failure, out_of_memory, summary
 from benchmarks.harness.memory import MIB, peak_of
-from benchmarks.harness.record import Row
+from benchmarks.harness.record import Keep, Row
 from benchmarks.problems.cases import BATCHES, BETA, Pair
-from benchmarks.report.tables import listed, number
+from benchmarks.report.tables import number
 
 VARIANTS = ("stock", "patched")
 WHATS = ("step", "longest")
@@ -45,53 +39,39 @@ CHECKPOINTING = "checkpointing"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-
-
 class Model(NamedTuple):
     """A causal language model by its configuration, its head tied to its embeddings, and the batch it trains on."""
 
-    config: Literal["LlamaConfig", "Qwen2Config"]
-    sizes: tuple[int, ...]  # in the order of SIZES
+    config: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
     rope_theta: float
     batch: str
-    device: Literal["cuda", "cpu"]  # what it is sized for
-
-    @property
-    def vocab(self) -> int:
-        return self.sizes[-1]
+    device: str  # what it is sized for
 
 
 MODELS = {
-    "llama-3.2-1b": Model("LlamaConfig", (2048, 8192, 16, 32, 8, 128256), 5e5, "ultrafeedback", "cuda"),
-    "qwen2.5-0.5b": Model("Qwen2Config", (896, 4864, 24, 14, 2, 151936), 1e6, "ultrafeedback", "cuda"),
-    "tiny": Model("LlamaConfig", (64, 128, 2, 4, 2, 32000), 1e4, "ragged-small-cpu", "cpu"),
+    "llama-3.2-1b": Model("LlamaConfig", 2048, 8192, 16, 32, 8, 128256, 5e5, "ultrafeedback", "cuda"),
+    "qwen2.5-0.5b": Model("Qwen2Config", 896, 4864, 24, 14, 2, 151936, 1e6, "ultrafeedback", "cuda"),
+    "tiny": Model("LlamaConfig", 64, 128, 2, 4, 2, 32000, 1e4, "ragged-small-cpu", "cpu"),
 }
-Keep = Callable[[list[Row]], None]
 
 
 class Run(NamedTuple):
-    """What one training left: milliseconds of the timed steps, the loss of every step, and the peak."""
+    """What one training left."""
 
-    times: list[float]
-    losses: list[float]  # from the first, warm-up included
+    times: list[float]  # milliseconds of the timed steps
+    losses: list[float]  # of every step, warm-up included
     peak_mib: float  # CUDA: all that was allocated; CPU: resident size of the process, libraries included
 
 
 def plan(models: Sequence[str] | None, device: str, steps: int, longest_limit: int | None) -> tuple[list[Row], int]:
     """Every row that would be measured, variants of one thing next to each other, and where the search for the longest
-    pair ends. None: what suits the device.
-
-    Raises:
-        UnsupportedError: an option that allows no measurement.
-    """
+    pair ends. None: what suits the device. UnsupportedError: an option that allows no measurement."""
     chosen = models or [name for name, model in MODELS.items() if model.device == device]
     limit = LONGEST_LIMIT[device] if longest_limit is None else longest_limit
     if steps < 1 or limit < FINEST:
@@ -120,29 +100,26 @@ def run(
 def measure(rows: Sequence[Row], *, device: str, steps: int, limit: int, until: float) -> Iterator[Row]:
     """Answers, each refined as long as there is time: the last to a row counts. Steps take half of it at most."""
     versions = {package: machine.version(package) for package in NEEDED}
-    about = machine.about(torch.device(device))
-    about["provider_version"] = ", ".join(f"{package} {known}" for package, known in versions.items())
-    rows = [row.with_(**about) for row in rows]
-    missing = [package for package, known in versions.items() if not known]
-    if missing:
+    known = ", ".join(f"{package} {version}" for package, version in versions.items())
+    rows = [row.with_(**machine.about(torch.device(device)), provider_version=known) for row in rows]
+    if missing := [package for package, version in versions.items() if not version]:
         reason = f"{', '.join(missing)} not installed: pip install '.[hf]'"
         yield from (row.with_(status="unsupported", reason=reason) for row in rows)
         return
     yield from take_turns([row for row in rows if row.phase == "step"], device, steps, (time.time() + until) / 2)
-
     for row in rows:
+
+        def fits(length: int, row: Row = row) -> bool:
+            try:
+                train(row, device, [Pair(1, length - 1, length - 1)], 0)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                return False
+            return True
+
         if row.phase == "longest":
-            yield from search(row, partial(_fits, row, device), limit)
-
-
-def _fits(row: Row, device: str, length: int) -> bool:
-    try:
-        train(row, device, [Pair(1, length - 1, length - 1)], 0)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        return False
-    return True
+            yield from search(row, fits, limit)
 
 
 def take_turns(rows: Sequence[Row], device: str, steps: int, until: float) -> Iterator[Row]:
@@ -173,11 +150,9 @@ def take_turns(rows: Sequence[Row], device: str, steps: int, until: float) -> It
 
 
 def search(row: Row, fits: Callable[[int], bool], limit: int) -> Iterator[Row]:
-    """Double the length until it does not fit, then halve the gap until it is an eighth of what fits.
-
-    An answer after every length, each true by itself: "not reached" until the search is over. ``longest`` is what
-    trained, tokens a side; ``at_least`` says that something else than memory ended the search.
-    """
+    """Double the length until it does not fit, then halve the gap until it is an eighth of what fits. An answer after
+    every length, each true by itself: "not reached" until the search is over. ``longest`` is what trained, tokens a
+    side; ``at_least`` says that something else than memory ended the search."""
     good, bad, length, known = 0, None, max(limit // 16, FINEST), row
     while True:
         try:
@@ -218,8 +193,7 @@ def train(row: Row, device: str, pairs: Sequence[Pair], steps: int, until: float
         def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
             machine.synchronize(place)
             times.append(1e3 * (time.perf_counter() - self.begun))
-            if len(times) > WARM_UP and time.time() > until:
-                control.should_training_stop = True
+            control.should_training_stop |= len(times) > WARM_UP and time.time() > until
 
     with tempfile.TemporaryDirectory() as folder, patched_trl() if row.provider == "patched" else nullcontext():
         options = ORPOConfig(
@@ -243,8 +217,8 @@ def train(row: Row, device: str, pairs: Sequence[Pair], steps: int, until: float
         trainer = ORPOTrainer(
             model=_network(model, place),
             args=options,
-            processing_class=_tokenizer(model.vocab),
-            train_dataset=Dataset.from_list(_texts(pairs, model.vocab)),
+            processing_class=_tokenizer(model.vocab_size),
+            train_dataset=Dataset.from_list(_texts(pairs, model.vocab_size)),
             callbacks=[Stopwatch],
         )
         peak = peak_of(trainer.train, place)
@@ -257,7 +231,7 @@ def _network(model: Model, device: torch.device) -> Any:
     import transformers
 
     config = getattr(transformers, model.config)(
-        **dict(zip(SIZES, model.sizes, strict=True)),
+        **{name: size for name, size in model._asdict().items() if name.startswith("num_") or name.endswith("_size")},
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=True,
         max_position_embeddings=131072,
@@ -286,14 +260,11 @@ def _texts(pairs: Iterable[Pair], vocab: int) -> list[dict[str, str]]:
     chance = random.Random(SEED)
 
     def words(count: int) -> str:
-        return " ".join(f"t{chance.randrange(3, vocab)}" for _ in range(count))
+        return " ".join(f"t{chance.randrange(3, vocab)}" for _ in range(count - 1))
 
     return [
-        {
-            "prompt": f"{BOS} {words(pair.prompt - 1)}",
-            "chosen": f" {words(pair.chosen - 1)} {EOS}",
-            "rejected": f" {words(pair.rejected - 1)} {EOS}",
-        }
+        {"prompt": f"{BOS} {words(pair.prompt)}"}
+        | {side: f" {words(getattr(pair, side))} {EOS}" for side in ("chosen", "rejected")}
         for pair in pairs
     ]
 
@@ -303,9 +274,9 @@ def _tokens(pairs: Iterable[Pair]) -> int:
     return sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
 
 
-def names(row: Row) -> tuple[str, str, str]:
+def names(row: Row) -> dict[str, str]:
     """Model, gradient checkpointing and variant, for people."""
-    return row.case, "on" if row.setting else "off", row.provider
+    return {"model": row.case, "ckpt": "on" if row.setting else "off", "variant": row.provider}
 
 
 def plan_table(rows: Iterable[Row], steps: int, limit: int) -> pd.DataFrame:
@@ -316,28 +287,33 @@ def plan_table(rows: Iterable[Row], steps: int, limit: int) -> pd.DataFrame:
         what = f"{len(pairs)} pairs, {_tokens(pairs)} tokens; {steps} in {ROUNDS} rounds, {WARM_UP} before each"
         if row.phase == "longest":
             what = f"1 pair, to {limit} tokens a side; {WARM_UP} a length"
-        lines.append((*names(row), row.phase, what))
-    return listed(("model", "ckpt", "variant", "row", "steps"), lines)
+        lines.append({**names(row), "row": row.phase, "steps": what})
+    return pd.DataFrame(lines)
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Both variants of each model: stock's time over patched's, and how far their losses are apart."""
-    known = {(*names(row), row.phase): row for row in rows}
+    known = {(row.case, row.setting, row.provider, row.phase): row for row in rows}
     lines = []
     for row in (row for row in rows if row.phase == "step"):
-        model, on, variant = names(row)
-        longest, stock = known[model, on, variant, "longest"].figures, known[model, on, "stock", "step"]
-        reached = (">= " if longest.get("at_least") else "") + number(longest.get("longest"))
-        speed, gap = number(row.figures.get("pairs_per_s"), ".2f"), loss_gap(stock, row)
-        ratio = number(stock.median_ms / row.median_ms if stock.median_ms and row.median_ms else None, ".2f")
-        lines.append((model, on, variant, speed, ratio, number(row.peak_mib), reached, number(gap, ".1e")))
-    return listed(("model", "ckpt", "variant", "pairs/s", "speed-up", "peak MiB", "longest", "loss gap"), lines)
+        longest = known[row.case, row.setting, row.provider, "longest"].figures
+        stock = known[row.case, row.setting, "stock", "step"]
+        ratio = stock.median_ms / row.median_ms if stock.median_ms and row.median_ms else None
+        figures = {
+            "pairs/s": number(row.figures.get("pairs_per_s"), ".2f"),
+            "speed-up": number(ratio, ".2f"),
+            "peak MiB": number(row.peak_mib),
+            "longest": (">= " if longest.get("at_least") else "") + number(longest.get("longest")),
+            "loss gap": number(loss_gap(stock, row), ".1e"),
+        }
+        lines.append({**names(row), **figures})
+    return pd.DataFrame(lines)
 
 
 def remarks(rows: Iterable[Row]) -> list[str]:
     """Why a row has no figures, or what ended its search."""
     said = [row for row in rows if row.status != "ok" or row.figures.get("at_least")]
-    return [f"{', '.join((*names(row), row.phase))}: {row.status}: {row.reason}" for row in said]
+    return [f"{', '.join((*names(row).values(), row.phase))}: {row.status}: {row.reason}" for row in said]
 
 
 def loss_gap(stock: Row, patched: Row) -> float | None:

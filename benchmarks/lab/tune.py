@@ -4,13 +4,10 @@ A shipped tile serves every batch, so a candidate is judged by its worst ratio o
 ratio taken against a product timed in turn with it. What does not compile, does not fit or is wrong is a row as well.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import product, zip_longest
 from typing import Literal, NamedTuple, cast
 
@@ -20,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import machine
 from benchmarks.harness.measure import UnsupportedError, in_turn, measured, one_line, summary
-from benchmarks.harness.record import Row
+from benchmarks.harness.record import Keep, Row
 from benchmarks.lab.compile import TARGETS
 from benchmarks.problems.cases import CASES, STATES, Case
 from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
@@ -41,17 +38,18 @@ SAMPLE_TOKENS = 16384  # tokens of a float32 copy of the head on the way there
 SUM_ERROR = 1e-3  # relative, of float32 sums of positive terms: far above any order of adding, far below a missing tile
 CAPPED_PARTS = 2  # a softcap needs twice the registers an entry, so its runs of columns start half as wide
 
-TINY = {case.name: case for case in (Case("tiny", 48, 200), Case("tiny-capped", 48, 200, softcap=30.0))}
+TINY = {"tiny": Case("tiny", 48, 200), "tiny-capped": Case("tiny-capped", 48, 200, softcap=30.0)}
 HEADS = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
 ROWS = {"cuda": (1024, 4096, 8192), "cpu": (24,)}
 CONSTANTS = {"sm_80": "_AMPERE", "sm_90": "_HOPPER", "sm_100": "_BLACKWELL"}  # what kernels/configs.py calls its tiles
 
 # Every combination of rows x tokens x features, warps, stages, group_v, parts and flatten is tried, if it fits.
-Sizes = tuple[int, ...]
-Space = tuple[tuple[tuple[int, int, int], ...], Sizes, Sizes, Sizes, Sizes, tuple[bool, ...]]
 TMA_BLOCKS = ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 128))
-TMA: Space = (TMA_BLOCKS, (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4), (True, False))
-POINTER: Space = (((128, 128, 32), (128, 128, 64), (128, 256, 32)), (4, 8), (3, 4), (8,), (1, 2), (False,))
+POINTER_BLOCKS = ((128, 128, 32), (128, 128, 64), (128, 256, 32))
+SPACES: dict[Form, list[tuple[tuple[int, int, int], int, int, int, int, bool]]] = {
+    "tma": list(product(TMA_BLOCKS, (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4), (True, False))),
+    "pointer": list(product(POINTER_BLOCKS, (4, 8), (3, 4), (8,), (1, 2), (False,))),
+}
 
 
 class Candidate(NamedTuple):
@@ -67,8 +65,7 @@ class Candidate(NamedTuple):
         return f"{self.form} {n}x{v}x{h} w{warps} s{stages} g{group} p{parts}{marks}"
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What a candidate is run on, and what it should find: rows of trained-like hidden states against one head."""
 
     case: Case
@@ -93,26 +90,23 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
         "library": PASS,
     }
     found = [shipped, *(Candidate(form, tile, capped) for form, tile in near.items() if tile is not None)]
-    spaces: tuple[tuple[Form, Space], ...] = (("tma", TMA), ("pointer", POINTER))
-    for name, space in spaces if not interpreted else ():
-        for blocks, warps, stages, group, parts, flatten in product(*space) if near[name] else ():
+    for name, space in SPACES.items() if not interpreted else ():
+        for blocks, warps, stages, group, parts, flatten in space if near[name] else ():
             tile = Tile(*blocks, warps, stages, group, parts * CAPPED_PARTS if capped else parts, flatten)
             if _fits(name, tile, arch):
                 found.append(Candidate(name, tile, capped))
 
     def changes(one: Candidate) -> int:
         other = near[one.form] or one.tile
-        blocks = one.tile[:3] != other[:3]
-        return (one.form != form) + blocks + sum(a != b for a, b in zip(one.tile[3:], other[3:], strict=True))
+        settings = sum(a != b for a, b in zip(one.tile[3:], other[3:], strict=True))
+        return (one.form != form) + (one.tile[:3] != other[:3]) + settings
 
     return sorted(dict.fromkeys(found), key=lambda one: (one != shipped, changes(one)))
 
 
 def _fits(form: Form, tile: Tile, arch: str) -> bool:
-    """Whether shared memory holds the stages and what TMA stores from, and a thread's registers the accumulator.
-
-    A thread has 255 registers. Where tensor memory holds the accumulator the epilogue still reads it through them.
-    """
+    """Whether shared memory holds the stages and what TMA stores from, and a thread's 255 registers the accumulator:
+    where tensor memory holds it, the epilogue still reads it through them."""
     (n, v, h), target = tile[:3], TARGETS[arch]
     shared = tile.stages * (n * h + v * h) * 2 + (n * v // tile.parts * 2 if form == "tma" else 0)
     return shared <= target.shared_limit and n * v // (target.warp * tile.warps) < 255
@@ -126,42 +120,30 @@ def plan(cases: Sequence[Case], arch: str) -> list[Candidate]:
 
 
 def cases_of(names: Sequence[str] | None, device: str, dry: bool) -> tuple[list[Case], str]:
-    """The heads to race and the chip they are raced on.
-
-    Raises:
-        UnsupportedError: this machine cannot; the message is the remedy.
-    """
-    interpreted = device == "cpu"
+    """The heads to race and the chip they are raced on; UnsupportedError, with a remedy, where this machine cannot."""
+    interpreted, there = device == "cpu", torch.cuda.is_available()
     known = TINY if interpreted else {**CASES, **TINY}
-    wanted = names or (list(TINY) if interpreted else HEADS)
+    wanted = names or (TINY if interpreted else HEADS)
+    problem = ""
     if set(wanted) - set(known):
-        raise UnsupportedError(
-            f"--cases {' '.join(wanted)}: --device cpu interprets the kernels, so only {', '.join(known)}"
-        )
-    if interpreted and not dry and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UnsupportedError("--device cpu runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
-    if not interpreted and not dry and not torch.cuda.is_available():
-        raise UnsupportedError(
-            "tuning needs a CUDA device; --dry-run lists the candidates, --device cpu tries a tiny case"
-        )
-    found = torch.device(device) if interpreted or torch.cuda.is_available() else None
-    arch = arch_of(found) if found else "sm_90"  # what the space was written for
+        problem = f"--cases {' '.join(wanted)}: --device cpu interprets the kernels, so only {', '.join(known)}"
+    elif interpreted and not dry and os.environ.get("TRITON_INTERPRET") != "1":
+        problem = "--device cpu runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1"
+    elif not interpreted and not dry and not there:
+        problem = "tuning needs a CUDA device; --dry-run lists the candidates, --device cpu tries a tiny case"
+    arch = arch_of(torch.device(device)) if interpreted or there else "sm_90"  # what the space was written for
     if arch == "none":
-        raise UnsupportedError("the Triton backend needs compute capability 8.0 or newer, so there is nothing to tune")
+        problem = "the Triton backend needs compute capability 8.0 or newer, so there is nothing to tune"
+    if problem:
+        raise UnsupportedError(problem)
     return [known[name] for name in wanted], arch
 
 
 def run(
-    cases: Sequence[Case],
-    arch: str,
-    device: torch.device,
-    seconds: float,
-    keep: Callable[[list[Row]], None] = lambda _: None,
+    cases: Sequence[Case], arch: str, device: torch.device, seconds: float, keep: Keep = lambda _: None
 ) -> list[Row]:
-    """A row for every candidate, head and number of rows. ``keep`` sees the rows so far after each candidate.
-
-    All share one process, whose compiled kernels and heads they share: a candidate that fails is a row.
-    """
+    """A row for every candidate, head and number of rows, all in this process, whose compiled kernels and heads they
+    share: a candidate that fails is a row."""
     deadline = time.monotonic() + seconds
     works = [work for case in cases for work in make_work(case, device)]
     about = machine.about(device)
@@ -180,7 +162,10 @@ def run(
             else:
                 row = measured(row, measure, candidate, work)
                 failed = row if row.status == "failed" else None
-                lost = _device_lost(device, candidate)
+                try:  # after an illegal access every later call fails, whatever it is
+                    machine.synchronize(device)
+                except RuntimeError as error:
+                    lost = f"{candidate} lost the device: {one_line(error)}"
             rows.append(row)
         keep(rows)
     return rows
@@ -199,17 +184,15 @@ def make_work(case: Case, device: torch.device) -> list[Work]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # the interpreter multiplies float32 alone
     weight = torch.empty((case.vocab, case.features), dtype=dtype, device=device)
     weight.normal_(0, WEIGHT_STD, generator=generator)
-    most = max(ROWS[device.type])
-    targets = torch.randint(case.vocab, (most,), generator=generator, device=device)
+    targets = torch.randint(case.vocab, (max(ROWS[device.type]),), generator=generator, device=device)
     hidden = make_hidden(weight, targets, STATES["trained-like"], case.softcap, generator)
     head = Head(weight, None, 1.0, case.softcap)
     shift = head.cap((hidden.float() * weight[targets].float()).sum(1))
     works = []
     for n in ROWS[device.type]:
         sample = torch.linspace(0, n - 1, min(n, SAMPLE_ROWS), device=device).long()
-        some = hidden[sample].float()
-        slices = (weight[start : start + SAMPLE_TOKENS].float() for start in range(0, case.vocab, SAMPLE_TOKENS))
-        logits = torch.cat([reference.logits(some, part, softcap=case.softcap) for part in slices], 1)
+        some, slices = hidden[sample].float(), weight.split(SAMPLE_TOKENS)
+        logits = torch.cat([reference.logits(some, part.float(), softcap=case.softcap) for part in slices], 1)
         exps = (logits - shift[sample, None]).exp().scatter_(1, targets[sample, None], 0.0)
         total = exps.sum(1, dtype=torch.float64)
         if case.softcap is not None:
@@ -219,60 +202,37 @@ def make_work(case: Case, device: torch.device) -> list[Work]:
 
 
 def measure(row: Row, candidate: Candidate, work: Work) -> Row:
-    """Check a candidate, then time it against the plain product in turn."""
-    step, exps, sums = exp_pass(candidate, work)
-    step()
-    wrong = _wrong(work, exps, sums)
-    if wrong:
-        return row.with_(status="wrong", reason=wrong)
-    logits = torch.empty_like(exps)
-
-    def plain() -> None:
-        torch.mm(work.hidden, work.head.weight.T, out=logits)
-
-    # Nothing waits in between, so that starting a kernel costs no time.
-    times, floors = in_turn([step, plain], work.hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
-    return row.with_(status="ok", **summary(times, floors))
-
-
-def exp_pass(candidate: Candidate, work: Work) -> tuple[Callable[[], None], Tensor, Tensor]:
-    """The backend's own pass over the whole vocabulary with this candidate, and where it leaves E and the sums."""
+    """The backend's own pass over the whole vocabulary with this candidate, checked, then timed against the plain
+    product in turn."""
     backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
-    everything = slice(0, work.head.vocab)
-    hidden, targets, head, shift = work.hidden, work.targets, work.head, work.shift
+    hidden, head, shift = work.hidden, work.head, work.shift
     if backend._choose(hidden, head) != candidate[:2]:
         raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")
     n, tiles = hidden.shape[0], -(-head.vocab // candidate.tile.block_v)
     exps = _new_exp_logits(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
     sums = shift.new_full((tiles, n), math.nan)
-    return lambda: backend._exp_logits(hidden, targets, head, shift, everything, exps, sums, None), exps, sums
+    everything = slice(0, head.vocab)
 
+    def step() -> None:
+        backend._exp_logits(hidden, work.targets, head, shift, everything, exps, sums, None)
 
-def _wrong(work: Work, exps: Tensor, sums: Tensor) -> str:
-    """What differs from float32 by more than rounding, row by row, or nothing. A NaN differs."""
-    found = exps[work.sample].float()
+    step()
+    # Against float32, row by row; a NaN is no error allowed.
+    found, sum_of_tiles = exps[work.sample].float(), sums[:, work.sample].sum(0, dtype=torch.float64)
     error = ((found - work.exps).norm(dim=1) / work.exps.norm(dim=1)).max().item()
-    sum_error = (sums[:, work.sample].sum(0, dtype=torch.float64) / work.total - 1).abs().max().item()
+    sum_error = (sum_of_tiles / work.total - 1).abs().max().item()
     allowed = SUM_ERROR + torch.finfo(exps.dtype).eps
-    if error <= allowed and sum_error <= SUM_ERROR:
-        return ""
-    return f"E has error {error:.1e} (allowed {allowed:.1e}), its sums {sum_error:.1e} (allowed {SUM_ERROR:.1e})"
+    if not (error <= allowed and sum_error <= SUM_ERROR):
+        sums_said = f"its sums {sum_error:.1e} (allowed {SUM_ERROR:.1e})"
+        return row.with_(status="wrong", reason=f"E has error {error:.1e} (allowed {allowed:.1e}), {sums_said}")
+    logits = torch.empty_like(exps)
 
+    def plain() -> None:
+        torch.mm(hidden, head.weight.T, out=logits)
 
-def _device_lost(device: torch.device, candidate: Candidate) -> str:
-    """After an illegal access every later call fails, whatever it is: why nothing more can be measured, or nothing."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        return f"{candidate} lost the device: {one_line(error)}"
-    return ""
-
-
-def print_plan(cases: Sequence[Case], arch: str) -> None:
-    wanted = plan(cases, arch)
-    print(f"{len(wanted)} candidates for {arch} on {', '.join(case.name for case in cases)}, the shipped first")
-    print(*wanted, sep="\n")
+    # Nothing waits in between, so that starting a kernel costs no time.
+    times, floors = in_turn([step, plain], hidden.device, repeats=REPEATS, warm_up=WARM_UP, wait=False)
+    return row.with_(status="ok", **summary(times, floors))
 
 
 def print_rows(rows: Sequence[Row], arch: str) -> None:
@@ -298,13 +258,12 @@ def suggestion(rows: Sequence[Row], arch: str) -> str:
     if worst.empty:
         return f"# no candidate {kind} a softcap ran on every head and number of rows: give it more --seconds"
     best = max((row for row in rows if row.provider == worst.idxmin()), key=lambda row: row.ratio or 0.0)
-    tile = {name: best.figures[name] for name in Tile._fields}
+    n, v, h, *others = (best.figures[name] for name in Tile._fields)
+    settings = ", ".join(f"{name}={value}" for name, value in zip(Tile._fields[3:], others, strict=True))
     name = CONSTANTS.get(arch, "_TILE") + ("_CAPPED" if best.figures["capped"] else "")
-    sizes = [str(tile.pop(block)) for block in ("block_n", "block_v", "block_h")]
-    line = f"{name} = Tile({', '.join([*sizes, *(f'{setting}={value}' for setting, value in tile.items())])})"
     form = best.figures["form"]
-    if form == "library":  # its pass over the products has one tile for every chip
-        line = 'form="library"'
+    # The library's pass over the products has one tile for every chip.
+    line = 'form="library"' if form == "library" else f"{name} = Tile({n}, {v}, {h}, {settings})"
     where = f"{best.case}, {best.targets} rows"
     evidence = f"{best.ratio:.3f} of a plain product at worst ({where}); {best.device}, {best.date}"
     return f"# {form}, {kind} a softcap: {evidence}\n{line}"

@@ -1,11 +1,8 @@
 """The floor: the products that no exact implementation can leave out, alone, on the target rows.
 
-The same products can be cut in several ways, and which is fastest depends on the machine: in chunks of rows, in slices
-of the vocabulary that stay in a cache, or not at all. The floor is the fastest of them, chosen before anything is timed
-in turn with it.
+They can be cut in chunks of rows, in slices of the vocabulary that stay in a cache, or not at all, and which is fastest
+depends on the machine. The floor is the fastest, chosen before anything is timed in turn with it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,40 +39,34 @@ def cuts(problem: Problem, phase: str) -> Iterator[tuple[str, Step]]:
 
 
 def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
-    """The fastest cut and its name."""
-    best: tuple[float, str, Step] | None = None
+    """The fastest cut and its name; of the others no buffer is kept."""
+    best: tuple[float, str, Step] = (float("inf"), "", lambda: None)
+    if not len(problem.target_rows()):
+        raise ValueError(f"a floor needs a target, got labels {tuple(problem.targets.shape)} without one")
     for name, step in cuts(problem, phase):
         (times,) = in_turn([step], problem.device, repeats=2, warm_up=1)
-        if best is None or min(times) < best[0]:
+        if min(times) < best[0]:
             best = (min(times), name, step)
-    if best is None:
-        raise ValueError(f"a floor needs a target, got labels {tuple(problem.targets.shape)} without one")
     return best[1:]
 
 
 def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) -> Step:
-    """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice.
-
-    Outputs are allocated once, outside what is timed, and nothing is accumulated: it is a floor, not a rival. For the
-    same reason dw has a factor of its own, already transposed: no implementation has both layouts for nothing, but one
-    may have either.
-    """
-    n, vocab = rows.shape[0], weight.shape[0]
+    """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice. It is a
+    floor, not a rival: nothing is allocated or accumulated within, and dw has a factor of its own, already transposed,
+    since no implementation has both layouts for nothing, but one may have either."""
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
     logits = rows.new_empty(chunk * tokens)
     transposed = rows.new_empty(chunk * tokens if products == 3 else 0).normal_()
 
     def step() -> None:
-        for start in range(0, n, chunk):
-            h, grad_h = rows[start : start + chunk], grad_rows[start : start + chunk]
-            for first in range(0, vocab, tokens):
-                w = weight[first : first + tokens]
+        for h, grad_h in zip(rows.split(chunk), grad_rows.split(chunk), strict=True):
+            for w, grad_w in zip(weight.split(tokens), grad_weight.split(tokens), strict=True):
                 count, width = h.shape[0], w.shape[0]
                 z = logits[: count * width].view(count, width)
                 torch.mm(h, w.T, out=z)
                 if products > 1:
                     torch.mm(z, w, out=grad_h)
                 if products > 2:
-                    torch.mm(transposed[: count * width].view(width, count), h, out=grad_weight[first : first + tokens])
+                    torch.mm(transposed[: count * width].view(width, count), h, out=grad_w)
 
     return step

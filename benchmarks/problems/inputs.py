@@ -1,14 +1,15 @@
 """From a case's data to tensors: labels as TRL has them, and hidden states of a stated log-probability."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from benchmarks.problems.cases import IGNORE, Batch, Case, Pair, States
+from benchmarks.harness.record import Row
+from benchmarks.problems.cases import BATCHES, CASES, IGNORE, STATES, Batch, Case, Pair, States
 
 # The check against float64 runs on this many tokens at most: two float64 copies of a full head would cost more time and
 # memory than all that is measured. It is no power of two, so that tails are masked here too.
@@ -41,8 +42,7 @@ class Problem:
         return self.hidden[self.targets != IGNORE]
 
     def upstream(self) -> Tensor:
-        """``[2P, T]`` of the gradient that log-probabilities are given: normal, the same at each call, 0 where nothing
-        is scored."""
+        """``[2P, T]``, the gradient that log-probabilities get: normal, always the same, 0 where nothing is scored."""
         generator = torch.Generator(self.device).manual_seed(1)
         drawn = torch.randn(self.labels.shape, generator=generator, device=self.device)
         return drawn * (self.targets != IGNORE)
@@ -55,13 +55,10 @@ class Problem:
     def clear_gradients(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
-    def double(self) -> Problem:
+    def double(self) -> Self:
         """The same numbers in float64, leaves of their own."""
-
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-        return replace(self, hidden=copy(self.hidden), weight=copy(self.weight))
+        hidden, weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (self.hidden, self.weight))
+        return replace(self, hidden=hidden, weight=weight)
 
 
 def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str, device: torch.device) -> Problem:
@@ -70,54 +67,42 @@ def make_problem(case: Case, batch: Batch, states: States, dtype: str, head: str
     # Drawn in the dtype, so that no float32 copy of the head ever exists.
     weight = torch.empty((case.vocab, case.features), dtype=getattr(torch, dtype), device=device)
     weight.normal_(0, WEIGHT_STD, generator=generator)
-    labels, nll_labels = make_labels(case.vocab, batch, generator)
-    problem = Problem(weight.new_empty(0), weight, labels, nll_labels, case.softcap)
-    hidden = make_hidden(weight, problem.targets, states, case.softcap, generator)
-    return replace(problem, hidden=hidden.requires_grad_(), weight=weight.requires_grad_(head == "trainable"))
-
-
-def make_sample(case: Case, states: States, dtype: str, head: str, device: torch.device) -> Problem:
-    """A few rows of the same case, small enough for float64."""
-    small = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB))
-    return make_problem(small, SAMPLE_BATCH, states, dtype, head, device)
-
-
-def make_labels(vocab: int, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shifted labels and NLL labels, ``[2P, T]`` each: position t names the token after it."""
     pairs = len(batch.pairs)
-    shape = (2 * pairs, batch.positions)
-    tokens = torch.randint(vocab, shape, generator=generator, device=generator.device)
-    labels = torch.full_like(tokens, IGNORE)
-    nll_labels = torch.full_like(tokens, IGNORE)
+    tokens = torch.randint(case.vocab, (2 * pairs, batch.positions), generator=generator, device=device)
+    labels, nll_labels = torch.full_like(tokens, IGNORE), torch.full_like(tokens, IGNORE)
     for index, pair in enumerate(batch.pairs):
         first = pair.prompt - 1  # the position of the prompt's last token predicts the answer's first
         for row, answer in ((index, pair.chosen), (pairs + index, pair.rejected)):
             labels[row, first : first + answer] = tokens[row, first : first + answer]
         nll_labels[index, : first + pair.chosen] = tokens[index, : first + pair.chosen]
-    return labels, nll_labels
+    problem = Problem(weight.new_empty(0), weight, labels, nll_labels, case.softcap)
+    hidden = make_hidden(weight, problem.targets, states, case.softcap, generator)
+    return replace(problem, hidden=hidden.requires_grad_(), weight=weight.requires_grad_(head == "trainable"))
+
+
+def problem_of(row: Row, device: torch.device, *, sample: bool = False) -> Problem:
+    """What the row asks for, or a ``sample``: a few rows of the same case, small enough for float64."""
+    case, batch = CASES[row.case], BATCHES[row.batch]
+    if sample:
+        case, batch = replace(case, vocab=min(case.vocab, SAMPLE_VOCAB)), SAMPLE_BATCH
+    return make_problem(case, batch, STATES[row.states], row.dtype, row.head, device)
 
 
 def make_hidden(
-    weight: Tensor,  # [V, H]
-    targets: Tensor,  # [...], IGNORE where nothing is scored
-    states: States,
-    softcap: float | None,
-    generator: torch.Generator,
-) -> Tensor:  # [..., H] in the dtype of weight
-    """Hidden states of a regime, see ``States``.
+    weight: Tensor, targets: Tensor, states: States, softcap: float | None, generator: torch.Generator
+) -> Tensor:
+    """Hidden states ``[..., H]`` of a regime, see ``States``, for a head ``[V, H]`` and targets ``[...]``.
 
     Against a head of independent normal entries the noise's logits are normal, so their log-sum-exp is close to
     ``log V + noise^2 / 2``. Adding ``c W_y`` to a row moves the label's logit by ``lift = c |W_y|^2`` and the others by
     normal amounts of variance ``lift^2 / H``, which add to the noise's.
     """
     vocab, features = weight.shape
-    noise_std = states.noise / (WEIGHT_STD * math.sqrt(features))
-    shape = (*targets.shape, features)
-    hidden = torch.randn(shape, generator=generator, device=weight.device) * noise_std
+    normal = partial(torch.randn, generator=generator, device=weight.device)
+    hidden = normal((*targets.shape, features)) * (states.noise / (WEIGHT_STD * math.sqrt(features)))
     if states.margin is not None:
-        spread = torch.randn(targets.shape, generator=generator, device=weight.device) * states.spread
-        margin = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
-        wanted = margin
+        spread = normal(targets.shape) * states.spread
+        wanted = margin = math.log(vocab) + states.noise**2 / 2 + states.margin + spread
         for _ in range(8):  # wanted = margin + wanted^2 / 2H, where wanted is small beside H
             wanted = margin + wanted.square() / (2 * features)
         if softcap is not None:  # the logit before the cap that the cap maps to the wanted one

@@ -1,25 +1,22 @@
-"""The field: one function per way to compute the same thing. A new competitor is one function here.
+"""The field: one function per way to compute the same thing, a new competitor among them.
 
 Most give log-probabilities ``step() -> [2P, T]`` of ``problem.targets``, or ``[N]`` of the target positions alone, and
-the task makes a scalar of them that ``backward`` works on: the ORPO loss ``NLL(prompt + chosen) + 0.1 * mean
-softplus(-log_odds(answers))``, or their sum under a random upstream gradient. Who computes the loss at once does that
-instead. Where a library takes flat rows it gets the target rows alone, which is its strongest use and what its user
-would write; where it takes the padded batch (Liger, the naive way of Hugging Face models) it gets that.
+the task makes a scalar of them: the loss, or their sum under a random upstream gradient. Who computes the loss at once
+does that instead. A library that takes flat rows gets the target rows alone, its strongest use and what its user would
+write; one that takes the padded batch (Liger, the naive way of Hugging Face models) gets that.
 """
-
-from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.machine import version
 from benchmarks.harness.measure import UnsupportedError
 from benchmarks.problems.cases import BETA, IGNORE
 from benchmarks.problems.floor import ROWS
@@ -39,16 +36,8 @@ class Provider:
     logprobs: Build | None
     loss: Build | None = None
 
-    def version(self) -> str:
-        """The version installed, or "" where it is not."""
-        return version(self.package)
-
     def build(self, problem: Problem, task: str) -> Step:
-        """A step whose result is the task's scalar.
-
-        Raises:
-            UnsupportedError: it cannot compute this problem here.
-        """
+        """A step whose result is the task's scalar; UnsupportedError where it cannot compute this problem here."""
         if task == "loss" and self.loss is not None:
             return self.loss(problem)
         if self.logprobs is None:
@@ -84,11 +73,8 @@ def compose(logps: Tensor, problem: Problem) -> Tensor:
 
 
 def _naive(problem: Problem) -> Step:
-    """Hugging Face's way: logits of all positions in the dtype, one log-softmax in float32.
-
-    ``reference.orpo_loss`` is the judge and multiplies by the head up to three times, so it would be a slow opponent;
-    this is its log-probabilities once.
-    """
+    """Hugging Face's way: logits of all positions in the dtype, one log-softmax in float32. ``reference.orpo_loss``
+    multiplies by the head up to three times, so it would be a slow opponent."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
     return lambda: reference.linear_logprobs(hidden, weight, targets, softcap=problem.softcap)
 
@@ -101,45 +87,30 @@ def _naive_scored(problem: Problem) -> Step:
 
 def _compiled(problem: Problem) -> Step:
     """torch.compile of the naive way."""
-
-    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return reference.linear_logprobs(hidden, weight, targets, softcap=problem.softcap)
-
-    fast = torch.compile(logprobs, dynamic=False)
+    fast = torch.compile(lambda *inputs: reference.linear_logprobs(*inputs, softcap=problem.softcap), dynamic=False)
     return lambda: fast(problem.hidden, problem.weight, problem.targets)
 
 
-def _liger(compiled: bool) -> Build:
-    def build(problem: Problem) -> Step:
-        if problem.softcap is not None:
-            raise UnsupportedError("LigerFusedLinearORPOLoss has no softcap")
-        loss = _import("liger_kernel.chunked_loss").LigerFusedLinearORPOLoss(beta=BETA, compiled=compiled)
-
-        def step() -> Tensor:
-            # Liger's semantics are the reference's: nll_target sums over its chosen half and divides by that half's
-            # labels, means of answers are per sequence, the odds term is a mean over pairs. One difference, not seen
-            # here: it divides by an empty answer's count without a guard.
-            out, _ = loss(problem.weight, problem.hidden, problem.labels, None, problem.nll_labels)
-            total: Tensor = out
-            return total
-
-        return step
-
-    return build
+def _liger(problem: Problem, *, compiled: bool) -> Step:
+    """Liger's semantics are the reference's: nll_target sums over its chosen half and divides by that half's labels,
+    means of answers are per sequence, the odds term is a mean over pairs. One difference, not seen here: it divides by
+    an empty answer's count without a guard."""
+    if problem.softcap is not None:
+        raise UnsupportedError("LigerFusedLinearORPOLoss has no softcap")
+    loss = _import("liger_kernel.chunked_loss").LigerFusedLinearORPOLoss(beta=BETA, compiled=compiled)
+    inputs = problem.weight, problem.hidden, problem.labels, None, problem.nll_labels
+    return lambda: cast(Tensor, loss(*inputs)[0])
 
 
-def _cce(impl: str) -> Build:
-    def build(problem: Problem) -> Step:
-        if problem.device.type == "cpu":
-            raise UnsupportedError(
-                "cut-cross-entropy's kernels need a GPU; its CPU path is torch.compile of the plain loss"
-            )
-        nll = _import("cut_cross_entropy").linear_cross_entropy
-        inputs = problem.hidden, problem.weight, problem.targets
-        options = {"softcap": problem.softcap, "ignore_index": IGNORE, "reduction": "none", "impl": impl}
-        return lambda: -nll(*inputs, **options).float()
-
-    return build
+def _cce(problem: Problem, *, impl: str) -> Step:
+    if problem.device.type == "cpu":
+        raise UnsupportedError(
+            "cut-cross-entropy's kernels need a GPU; its CPU path is torch.compile of the plain loss"
+        )
+    nll = _import("cut_cross_entropy").linear_cross_entropy
+    inputs = problem.hidden, problem.weight, problem.targets
+    options = {"softcap": problem.softcap, "ignore_index": IGNORE, "reduction": "none", "impl": impl}
+    return lambda: -nll(*inputs, **options).float()
 
 
 class _HeadOnly(nn.Module):
@@ -177,36 +148,28 @@ def _torch_lce(problem: Problem) -> Step:
     # The floor's chunk: the default picks chunks of 32 to 128 rows at these sizes, which made it ten times slower here.
     chunk = nn.LinearCrossEntropyOptions(batch_chunk_size=ROWS[problem.device.type][0])
     targets = problem.targets[problem.targets != IGNORE]
-
-    def step() -> Tensor:
-        nll = F.linear_cross_entropy(problem.target_rows(), problem.weight, targets, reduction="none", options=chunk)
-        return -nll.float()
-
-    return step
+    options: dict[str, Any] = {"reduction": "none", "options": chunk}
+    return lambda: -F.linear_cross_entropy(problem.target_rows(), problem.weight, targets, **options).float()
 
 
 def _ours(name: str, backend: str, *, lean: bool = False) -> Provider:
-    def options(problem: Problem) -> dict[str, Any]:
+    def bound(function: Callable[..., Any], problem: Problem, ids: Tensor, **options: Any) -> Callable[[], Any]:
+        inputs = problem.hidden, problem.weight, ids
         # On a CPU one byte holds no E, so the planner has to recompute it: the leanest plan, at one product more. On a
         # GPU slices of E are memory like any other, and 1 GiB is what they are promised to fit.
-        workspace_bytes = None if not lean else 1 if problem.device.type == "cpu" else 1 << 30
-        chosen: dict[str, Any] = {"softcap": problem.softcap, "backend": backend, "workspace_bytes": workspace_bytes}
+        room = None if not lean else 1 if problem.device.type == "cpu" else 1 << 30
+        options |= {"softcap": problem.softcap, "backend": backend, "workspace_bytes": room}
         try:
-            explain(problem.hidden, problem.weight, problem.labels, **chosen)
+            explain(function, *inputs, **options)
         except ValueError as refusal:
             raise UnsupportedError(str(refusal)) from refusal
-        return chosen
+        return partial(function, *inputs, **options)
 
     def loss(problem: Problem) -> Step:
-        inputs = problem.hidden, problem.weight, problem.labels
-        chosen = {"nll_labels": problem.nll_labels, "beta": BETA, **options(problem)}
-        return lambda: orpo_loss(*inputs, **chosen).loss
+        step = bound(orpo_loss, problem, problem.labels, nll_labels=problem.nll_labels, beta=BETA)
+        return lambda: step().loss
 
-    def logprobs(problem: Problem) -> Step:
-        inputs, chosen = (problem.hidden, problem.weight, problem.targets), options(problem)
-        return lambda: linear_logprobs(*inputs, **chosen)
-
-    return Provider(name, "orpo_kernels", logprobs, loss)
+    return Provider(name, "orpo_kernels", lambda problem: bound(linear_logprobs, problem, problem.targets), loss)
 
 
 def _import(module: str) -> ModuleType:
@@ -228,10 +191,10 @@ PROVIDERS: dict[str, Provider] = {
         NAIVE,
         Provider("naive_scored", "torch", _naive_scored),
         Provider("compiled", "torch", _compiled),
-        Provider("liger", "liger-kernel", None, _liger(compiled=True)),
-        Provider("liger_eager", "liger-kernel", None, _liger(compiled=False)),
-        Provider("cce", "cut-cross-entropy", _cce("cce_exact")),
-        Provider("cce_filtered", "cut-cross-entropy", _cce("cce")),
+        Provider("liger", "liger-kernel", None, partial(_liger, compiled=True)),
+        Provider("liger_eager", "liger-kernel", None, partial(_liger, compiled=False)),
+        Provider("cce", "cut-cross-entropy", partial(_cce, impl="cce_exact")),
+        Provider("cce_filtered", "cut-cross-entropy", partial(_cce, impl="cce")),
         Provider("trl_fused", "trl", _trl_fused),
         Provider("torch_lce", "torch", _torch_lce),
         _ours("ours", "auto"),

@@ -1,7 +1,5 @@
 """What one machine's record consists of, section by section, as rows to be answered."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import product
 
@@ -14,9 +12,10 @@ from benchmarks.problems.providers import FLOOR, default_names
 COMPILED = ("compiled", "liger")
 GPU_CASES = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
 GPU_BATCHES = ("dense", "ultrafeedback")
-BF16, F32 = ("bfloat16",), ("float32",)
+BF16, F32, BOTH = ("bfloat16",), ("float32",), ("bfloat16", "float32")
 LARGE, SMALL = ("qwen2.5-0.5b-cpu",), ("small-v32k-cpu",)
 FULL, QUARTER = ("ragged-cpu",), ("ragged-small-cpu",)
+TRAINABLE = HEADS[:1]
 
 
 def rows(
@@ -35,52 +34,47 @@ def rows(
     return [Row(*combination, task=task) for combination in combinations]
 
 
-def sections(device: str) -> dict[str, list[Row]]:
-    """The race's sections on such a device. ``accuracy`` beside them asks for no rows."""
-    return _on_cpu() if device == "cpu" else {**gpu_race(), **_more_on_gpu()}
-
-
-def compared(
-    device: str,
-    cases: Sequence[str] | None,
-    batches: Sequence[str] | None,
-    heads: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
-) -> list[Row]:
-    """What two checkouts are compared on: the headline, float32 and small sizes, or the combinations asked for."""
-    if device == "cuda":
-        return rows(cases or GPU_CASES, batches or GPU_BATCHES, heads or HEADS, dtypes or BF16, [""])
-    if cases or batches or heads or dtypes:
-        return rows(cases or LARGE, batches or FULL, heads or HEADS, dtypes or BF16, [""])
+def compared(device: str, *asked: Sequence[str] | None) -> list[Row]:
+    """What two checkouts are compared on: the headline, float32 and small sizes, or what is ``asked`` for of cases,
+    batches, heads and dtypes."""
+    usual = (GPU_CASES, GPU_BATCHES, HEADS, BF16) if device == "cuda" else (LARGE, FULL, HEADS, BF16)
+    if device == "cuda" or any(asked):
+        cases, batches, heads, dtypes = (names or known for names, known in zip(asked, usual, strict=True))
+        return rows(cases, batches, heads, dtypes, [""])
     return [
         *rows(LARGE, FULL, HEADS, BF16, [""]),
-        *rows(LARGE, FULL, HEADS[:1], F32, [""]),
-        *rows(SMALL, QUARTER, HEADS, [*BF16, *F32], [""]),
+        *rows(LARGE, FULL, TRAINABLE, F32, [""]),
+        *rows(SMALL, QUARTER, HEADS, BOTH, [""]),
     ]
 
 
-def _on_cpu() -> dict[str, list[Row]]:
-    """Full size where the claims are made; elsewhere a quarter of the positions, which keeps a section to minutes."""
-    trainable, capped = HEADS[:1], ["gemma-cpu"]
+def sections(device: str) -> dict[str, list[Row]]:
+    """The race's sections: on a CPU full size where claims are made, elsewhere a quarter, so that one takes minutes."""
+    everyone, logprobs = default_names(device), default_names(device, "logprobs")
+    if device == "cuda":
+        lengths = [f"length-{length}" for length in LENGTHS]
+        return {
+            **gpu_race(),
+            "mistral": rows(["mistral-7b"], GPU_BATCHES, HEADS, BF16, everyone),
+            "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
+            "lengths": rows(["llama3-8b"], lengths, TRAINABLE, BF16, _without_compiled(everyone)),
+            "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
+        }
     lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]
-    everyone = default_names("cpu")
     return {
-        "headline": rows(LARGE, FULL, trainable, BF16, everyone),
+        "headline": rows(LARGE, FULL, TRAINABLE, BF16, everyone),
         # The claims in float32, at full size: naive takes most of a minute a call here, so they meet nobody else.
-        "float32": rows([*LARGE, *SMALL], FULL, trainable, F32, [FLOOR, "naive", "ours"]),
-        "large": [
-            *rows(LARGE, QUARTER, ["frozen"], BF16, everyone),
-            *rows(LARGE, QUARTER, HEADS, F32, everyone),
-        ],
-        "small": rows(SMALL, QUARTER, HEADS, [*BF16, *F32], everyone),
-        "softcap": rows(capped, QUARTER, trainable, [*BF16, *F32], everyone),
-        "lengths": rows(SMALL, lengths, trainable, BF16, _without_compiled(everyone)),
-        "logprobs": rows(LARGE, QUARTER, HEADS, [*BF16, *F32], default_names("cpu", "logprobs"), task="logprobs"),
+        "float32": rows([*LARGE, *SMALL], FULL, TRAINABLE, F32, [FLOOR, "naive", "ours"]),
+        "large": [*rows(LARGE, QUARTER, ["frozen"], BF16, everyone), *rows(LARGE, QUARTER, HEADS, F32, everyone)],
+        "small": rows(SMALL, QUARTER, HEADS, BOTH, everyone),
+        "softcap": rows(["gemma-cpu"], QUARTER, TRAINABLE, BOTH, everyone),
+        "lengths": rows(SMALL, lengths, TRAINABLE, BF16, _without_compiled(everyone)),
+        "logprobs": rows(LARGE, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
     }
 
 
 def gpu_race() -> dict[str, list[Row]]:
-    """The race that the targets are about: ourselves first, last who compiles, so that a budget cuts the least."""
+    """The race that the promises are about: ourselves first, last who compiles, so that a budget cuts the least."""
     ourselves = ("ours", "ours_recompute", FLOOR)
     others = [name for name in _without_compiled(default_names("cuda")) if name not in (*ourselves, "ours_torch")]
 
@@ -88,24 +82,13 @@ def gpu_race() -> dict[str, list[Row]]:
         found = []
         for case in GPU_CASES:
             found += rows([case], GPU_BATCHES, HEADS, BF16, providers)
-            found += rows([case], GPU_BATCHES, HEADS[:1], BF16, evaluated, phases=["forward"])
+            found += rows([case], GPU_BATCHES, TRAINABLE, BF16, evaluated, phases=["forward"])
         return found
 
     return {
         "ours": race(ourselves, ("ours", FLOOR)),
         "others": race(others, ("naive",)),
         "compiled": race(COMPILED, ()),
-    }
-
-
-def _more_on_gpu() -> dict[str, list[Row]]:
-    everyone, logprobs = default_names("cuda"), default_names("cuda", "logprobs")
-    lengths = [f"length-{length}" for length in LENGTHS]
-    return {
-        "mistral": rows(["mistral-7b"], GPU_BATCHES, HEADS, BF16, everyone),
-        "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
-        "lengths": rows(["llama3-8b"], lengths, HEADS[:1], BF16, _without_compiled(everyone)),
-        "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
     }
 
 

@@ -1,7 +1,5 @@
 """Two pictures of a record: time and memory by provider, and both as sequences grow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,52 +35,48 @@ def drawn(rows: Sequence[Row]) -> Any:
     grows = found.batch.str.startswith("length-")
     compared = [members for _, members in found[~grows].groupby([*OTHERWISE_ALIKE, "batch"], sort=False)]
     growing = [members for _, members in found[grows].groupby(OTHERWISE_ALIKE, sort=False)]
-    growing = [members for members in growing if members.tokens.nunique() > 1]
-    panels = [(_bars, members) for members in compared] + [(_lines, members) for members in growing]
+    panels = [(_bars, members) for members in compared]
+    panels += [(_lines, members) for members in growing if members.tokens.nunique() > 1]
     if not panels:
         raise ValueError("no row has a time, so there is nothing to plot")
-    figure, axes = plt.subplots(len(panels), 2, figsize=(11, 3.4 * len(panels)), squeeze=False, layout="constrained")
-    for (left, right), (draw, members) in zip(axes, panels, strict=True):
-        draw(left, right, members)
-        for axis in (left, right):
-            axis.tick_params(labelsize=8)
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left", "legend.fontsize": 7}):
+        size = (11, 3.4 * len(panels))
+        figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained")
+        for (left, right), (draw, members) in zip(axes, panels, strict=True):
+            draw(left, right, members)
     return figure
 
 
 def _bars(left: Any, right: Any, members: pd.DataFrame) -> None:
-    first, rivals = members.iloc[0], members[members.provider != FLOOR][::-1]
+    rivals = members[members.provider != FLOOR][::-1]
     colours = [COLOURS.get(name, "grey") for name in rivals.provider]
     times = left.barh(rivals.provider, rivals.ratio, color=colours)
-    left.bar_label(times, [f" {milliseconds:.0f} ms" for milliseconds in rivals.median_ms], fontsize=8)
+    left.bar_label(times, [f" {milliseconds:.0f} ms" for milliseconds in rivals.median_ms])
     left.axvline(1, color="black", linestyle=":", linewidth=1)
-    left.set_title(title(first), fontsize=9, loc="left")
-    left.set_xlabel("time / floor (dotted: the products alone)", fontsize=8)
+    left.set(title=title(members.iloc[0]), xlabel="time / floor (dotted: the products alone)")
     sizes = right.barh(rivals.provider, rivals.peak_mib.fillna(0), color=colours)
-    right.bar_label(sizes, fmt=" %.0f", fontsize=8)
-    right.set_xlabel("peak MiB beyond inputs and returned gradients", fontsize=8)
+    right.bar_label(sizes, fmt=" %.0f")
+    right.set(xlabel="peak MiB beyond inputs and returned gradients")
     left.margins(x=0.2)
     right.margins(x=0.15)
 
 
 def _lines(left: Any, right: Any, members: pd.DataFrame) -> None:
-    first, lengths = members.iloc[0], sorted(members.tokens.unique())
+    lengths = sorted(members.tokens.unique())
     for name in sorted(members.provider.unique(), key=list(NAMES).index):
         line = members[members.provider == name].sort_values("tokens")
         style = {"color": "black", "linestyle": ":"} if name == FLOOR else {"color": COLOURS[name], "marker": "."}
         left.plot(line.tokens, line.median_ms, label=name, **style)
         if name != FLOOR:
             right.plot(line.tokens, line.peak_mib.fillna(0).clip(lower=1.0), label=name, **style)
-    left.set_title(title({**first, "batch": "one pair"}), fontsize=9, loc="left")
-    left.set_ylabel("ms", fontsize=8)
-    right.set_ylabel("peak MiB beyond inputs and gradients", fontsize=8)
+    left.set(title=title({**members.iloc[0], "batch": "one pair"}), ylabel="ms")
+    right.set(ylabel="peak MiB beyond inputs and gradients")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set(yscale="log", xlabel="tokens a side")
         axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("tokens a side", fontsize=8)
     # Beside both panels: inside one it would cover a line.
-    handles, names = left.get_legend_handles_labels()
-    right.legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)
+    right.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)

@@ -6,11 +6,9 @@ machine fills it, unless an older one says more (see ``newest``). A table that t
 is. ``compiled`` alone belongs to no machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,65 +17,55 @@ from PIL import Image
 from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, Row
-from benchmarks.lab.compile import CompileRow
+from benchmarks.lab.compile import problem
 from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
-from benchmarks.report import tables, targets
+from benchmarks.report import promises, tables
 from benchmarks.report.plots import plot
-
-Table = Callable[[str, Record], str]  # class of machine and record to text; "" where the record has nothing for it
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "compiled.md")
 PICTURES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
-HEADLINE = {
+README = {
     "provider": ("provider", ""),
     "ms": ("median_ms", ".0f"),
     "time / ours": ("over_ours", ".2f"),
     "time / floor": ("ratio", ".2f"),
     "peak MiB": ("peak_mib", ".0f"),
-    "RSS MiB": ("peak_rss_mib", ".0f"),
-    "gradient error": ("err_weight", ".1e"),
     "": ("note", ""),
 }
+HEADLINE = {**README, "RSS MiB": ("peak_rss_mib", ".0f"), "gradient error": ("err_weight", ".1e")}
+HEADLINE[""] = HEADLINE.pop("")  # notes stand last
+OTHER_CONTENTS = ("accuracy", "checks")
+TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "beaten", "accuracy", "checks")
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
-    """The record that speaks for each class of machine, "cpu" and "gpu", and why newer ones do not.
-
-    A newer record takes over if it holds all that the older one does, of what a record consists of today: one of a few
-    sections alone (``record --only``) says nothing about the others, so it must not empty their tables.
-    """
+    """The record that speaks for each class of machine, "cpu" and "gpu", and why newer ones do not: one of a few
+    sections alone (``record --only``) says nothing about the others, so it must not empty their tables."""
     chosen: dict[str, tuple[Path, Record]] = {}
     refused = []
     found = [(path, Record.load(path)) for path in RESULTS.glob("*.json")]
     for path, record in sorted(found, key=lambda entry: (entry[1].date, entry[0].name)):
         machine_class = "cpu" if path.name.startswith("cpu-") else "gpu"
-        older, known = chosen.get(machine_class), _contents(record)
         asked = {row.key for rows in sections("cpu" if machine_class == "cpu" else "cuda").values() for row in rows}
-        lost = (_contents(older[1]) & (asked | OTHER_CONTENTS)) - known if older else set()
-        if older is None or not lost:
-            chosen[machine_class] = path, record
-        else:
+        older, known = chosen.get(machine_class, (path, record)), _contents(record)
+        if lost := (_contents(older[1]) & {*asked, *OTHER_CONTENTS}) - known:
             refused.append(f"{path.name} lacks {len(lost)} of the measurements in {older[0].name}, which stays shown")
+        else:
+            chosen[machine_class] = path, record
     return chosen, refused
 
 
-OTHER_CONTENTS = {("accuracy",), ("checks",)}
-
-
-def _contents(found: Record) -> set[tuple[str, ...]]:
-    parts = [(name,) for name in ("accuracy", "checks") if getattr(found, name)]
-    return {*(row.key for row in found.rows), *parts}
+def _contents(found: Record) -> set[object]:
+    return {*(row.key for row in found.rows), *(name for name in OTHER_CONTENTS if getattr(found, name))}
 
 
 def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, write: bool = True) -> list[Path]:
-    """Write what differs, and return its paths; without ``write`` only return them.
-
-    A picture is judged by the record it names, not by its pixels.
-    """
+    """Write what differs, and return its paths; without ``write`` only return them. The record that a picture names
+    judges it, not its pixels."""
     differing = []
     records, _ = newest()
     for path in documents:
@@ -87,19 +75,16 @@ def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, 
                 path.write_text(text)
     for machine_class, (source, found) in records.items():
         picture = pictures / f"{machine_class}.png"
-        if found.rows and _source_in(picture) != _digest(source):
+        digest = f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+        if found.rows and _source_in(picture) != digest:
             differing.append(picture)
             if write:
-                plot(_pictured(found.rows), picture, _digest(source))
+                plot(_pictured(found.rows), picture, digest)
     return differing
 
 
 def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
-    """The document with every marked place written anew.
-
-    Raises:
-        ValueError: a marker names no table.
-    """
+    """The document with every marked place written anew; ValueError for a marker that names no table."""
 
     def table(match: re.Match[str]) -> str:
         if match[2] == "compiled":
@@ -109,107 +94,62 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
         if name not in TABLES:
             raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
         _, found = records.get(machine_class, (None, Record()))
-        shown = TABLES[name](machine_class, found)
-        where = _where(found) if name != "picture" else ""
-        return f"{match[1]}{where}{shown}\n{match[3]}" if shown else match[0]
+        versions = ", ".join(sorted({row.torch for row in found.rows}))
+        where = f"Recorded on {found.date} on {found.machine}, torch {versions}, commit {found.commit}.\n\n"
+        shown = shown_as(name, machine_class, found)
+        return f"{match[1]}{where if name != 'picture' else ''}{shown}\n{match[3]}" if shown else match[0]
 
     return MARKED.sub(table, text)
 
 
-def _headline(machine_class: str, found: Record) -> str:
-    """The claim: one case, every provider, fastest first."""
-    return _headline_table(machine_class, found, list(HEADLINE))
-
-
-def _readme(machine_class: str, found: Record) -> str:
-    """The headline without the columns that need explaining. Nobody is left out."""
-    shown = [name for name in HEADLINE if name not in ("RSS MiB", "gradient error")]
-    return _headline_table(machine_class, found, shown)
-
-
-def _headline_table(machine_class: str, found: Record, shown: list[str]) -> str:
-    members = tables.frame(row for row in found.rows if _is_headline(machine_class, row))
-    ours = members[members.provider == "ours"].median_ms
-    members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
-    return tables.markdown(tables.cells(members, HEADLINE)[shown]) if len(members) else ""
-
-
-def _race(task: str) -> Table:
-    def every_row(_: str, found: Record) -> str:
-        """Every row of the record."""
-        members = tables.frame(row for row in found.rows if row.task == task)
-        parts = [(name, tables.cells(part, tables.RACE)) for name, part in tables.groups(members)]
-        return "\n\n".join(f"**{name}**\n\n{tables.markdown(part)}" for name, part in parts)
-
-    return every_row
-
-
-def _beaten(_: str, found: Record) -> str:
-    """Where somebody else is faster or leaner than ours, by how much."""
-    if not found.rows:
-        return ""
-    lost = tables.beaten(found.rows)
-    if lost.empty:
-        return "No provider is faster or leaner than `ours` on any row of this record."
-    return tables.markdown(lost)
-
-
-def _accuracy(_: str, found: Record) -> str:
-    """One line a regime: naive and ours of each quantity; what exceeds its bound says so."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for row in found.accuracy:
-        line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
-        line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
-    header = [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
-    return tables.markdown(tables.listed(["dtype", "mean logp", *header], lines.values())) if lines else ""
-
-
-def _targets(machine_class: str, found: Record) -> str:
-    """What was promised beside what was measured, as factors: larger is better."""
-    lines = [(*verdict[:3], verdict.word) for verdict in targets.verdicts(machine_class, found)]
-    return tables.markdown(tables.listed(("claim", "bound", "measured", "holds"), lines)) if found.rows else ""
-
-
-def _checks(_: str, found: Record) -> str:
-    """What was proven beside the race."""
-    lines = [
-        (check.name, check.status, f"{check.seconds:.0f}", check.detail.partition("\n")[0]) for check in found.checks
-    ]
-    return tables.markdown(tables.listed(("check", "status", "seconds", "its last words"), lines)) if lines else ""
-
-
-def _picture(machine_class: str, found: Record) -> str:
-    alternative = "Time over the floor and peak memory by provider, and both as sequences grow"
-    return f"![{alternative}](images/{machine_class}.png)" if found.rows else ""
-
-
-TABLES: dict[str, Table] = {
-    "readme": _readme,
-    "headline": _headline,
-    "targets": _targets,
-    "picture": _picture,
-    "race": _race("loss"),
-    "logprobs": _race("logprobs"),
-    "beaten": _beaten,
-    "accuracy": _accuracy,
-    "checks": _checks,
-}
+def shown_as(name: str, machine_class: str, found: Record) -> str:
+    """One of ``TABLES`` of a record; "" where the record has nothing for it."""
+    table = pd.DataFrame()
+    match name:
+        case "readme" | "headline":  # the claim: one case, every provider, fastest first
+            members = tables.frame(row for row in found.rows if _is_headline(machine_class, row))
+            ours = members[members.provider == "ours"].median_ms
+            members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
+            table = tables.cells(members, README if name == "readme" else HEADLINE)
+        case "race" | "logprobs":  # every row of the record
+            task = "loss" if name == "race" else name
+            members = tables.frame(row for row in found.rows if row.task == task)
+            parts = [
+                (title, tables.markdown(tables.cells(part, tables.RACE))) for title, part in tables.groups(members)
+            ]
+            return "\n\n".join(f"**{title}**\n\n{part}" for title, part in parts)
+        case "targets" if found.rows:  # what was promised beside what was measured, as factors: larger is better
+            words = {None: "not measured", True: "yes", False: "no"}
+            table = pd.DataFrame(promises.verdicts(machine_class, found)).replace({"holds": words})
+        case "beaten" if found.rows:
+            table = tables.beaten(found.rows)
+            if table.empty:
+                return "No provider is faster or leaner than `ours` on any row of this record."
+        case "accuracy":  # one line a regime: naive and ours of each quantity; what exceeds its bound says so
+            lines: dict[tuple[str, str], list[str]] = {}
+            for row in found.accuracy:
+                line = lines.setdefault((row.dtype, row.regime), [row.dtype, f"{row.mean_logp:.1e}"])
+                line += [f"{row.naive:.1e}", f"{row.ours:.1e}" + ("" if row.holds else f" (allowed {row.allowed:.1e})")]
+            header = [f"{quantity}: {whose}" for quantity in accuracy.QUANTITIES for whose in ("naive", "ours")]
+            table = pd.DataFrame(lines.values(), columns=["dtype", "mean logp", *header])
+        case "checks":  # what was proven beside the race
+            proven = [(one.name, one.status, f"{one.seconds:.0f}", one.detail.split("\n")[0]) for one in found.checks]
+            table = pd.DataFrame(proven, columns=["check", "status", "seconds", "its last words"])
+        case "picture" if found.rows:
+            alternative = "Time over the floor and peak memory by provider, and both as sequences grow"
+            return f"![{alternative}](images/{machine_class}.png)"
+    return tables.markdown(table)
 
 
 def _compiled() -> str:
     """The exp GEMMs of the newest compilation, and what all of its binaries come to."""
     found = pd.read_json(max((RESULTS / "compiled").glob("*.json")))
-    bad = sum(CompileRow(**row).problem != "" for row in found.to_dict("records"))
+    bad = sum(bool(problem(row)) for row in found.to_dict("records"))
     shown = found[found.kernel.str.startswith("exp_gemm")]
     table = shown[["target", "kernel", "config", "registers", "shared_bytes", "tensor_core"]]
     table.columns = ["chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"]
     said = f"{len(found)} binaries with triton {found.triton[0]}, {bad} with a problem; these are the exp GEMMs.\n\n"
     return said + tables.markdown(table)
-
-
-def _where(found: Record) -> str:
-    versions = sorted({row.torch for row in found.rows})
-    return f"Recorded on {found.date} on {found.machine}, torch {', '.join(versions)}, commit {found.commit}.\n\n"
 
 
 def _is_headline(machine_class: str, row: Row) -> bool:
@@ -219,14 +159,8 @@ def _is_headline(machine_class: str, row: Row) -> bool:
 def _pictured(rows: Sequence[Row]) -> list[Row]:
     """The headline and the growth with length; every other group would be a picture of the same shape."""
     loss = [row for row in rows if row.task == "loss"]
-    chosen = [
-        row for row in loss if any(_is_headline(kind, row) for kind in HEADLINES) or row.batch.startswith("length-")
-    ]
+    chosen = [row for row in loss if row.batch.startswith("length-") or any(_is_headline(k, row) for k in HEADLINES)]
     return chosen if any(row.median_ms and row.provider != FLOOR for row in chosen) else loss
-
-
-def _digest(source: Path) -> str:
-    return f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
 
 
 def _source_in(picture: Path) -> str | None:

@@ -1,8 +1,6 @@
 """Rows as tables: what every command prints, two records side by side, and what the figures say about each other."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -15,9 +13,7 @@ from benchmarks.problems.providers import FLOOR, NAMES
 NOISE_TIME = 1.03
 NOISE_MIB = 8.0
 
-KEY = [*GROUP, "provider"]
 FLOATS = [field.name for field in fields(Row) if "float" in str(field.type)]
-
 # A heading, the field under it and the form of its numbers.
 RACE = {
     "provider": ("provider", ""),
@@ -32,8 +28,9 @@ RACE = {
 }
 
 
-def number(value: float | None, form: str = ".0f") -> str:
-    return "-" if value is None or value != value else format(value, form)
+def number(value: Any, form: str = ".0f") -> str:
+    """A number in its form, "-" for none, a text as it is."""
+    return value if isinstance(value, str) else "-" if pd.isna(value) else format(value, form)
 
 
 def frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -48,25 +45,19 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def cells(found: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
     """The named fields as text, under their headings."""
-    return pd.DataFrame({name: [_cell(value, form) for value in found[key]] for name, (key, form) in columns.items()})
-
-
-def _cell(value: Any, form: str) -> str:
-    return str(value) if isinstance(value, str) else number(value, form)
+    return pd.DataFrame({name: [number(value, form) for value in found[key]] for name, (key, form) in columns.items()})
 
 
 def markdown(table: pd.DataFrame) -> str:
+    """For a document; nothing for a table without rows."""
     lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+    said = ["| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines]
+    return "\n".join(said) if len(table) else ""
 
 
 def text(table: pd.DataFrame) -> str:
     """For a terminal."""
     return str(table.to_string(index=False, float_format="{:.3g}".format)) if len(table) else "nothing"
-
-
-def listed(header: Sequence[str], lines: Iterable[Sequence[str]]) -> pd.DataFrame:
-    return pd.DataFrame(list(lines), columns=list(header))
 
 
 def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -95,42 +86,42 @@ def print_accuracy(rows: Iterable[AccuracyRow]) -> None:
 
 def compare(before: Iterable[Row], after: Iterable[Row]) -> str:
     """What a change did: each row of both records, as ratios after / before. Rows of one record alone are counted."""
-    both = frame(before).merge(frame(after), on=KEY, how="outer", suffixes=("", "_after"), indicator="side")
-    found = both[both.side == "both"]
+    both = frame(before).merge(
+        frame(after), on=[*GROUP, "provider"], how="outer", suffixes=("", "_after"), indicator="side"
+    )
+
+    def change(row: Any, name: str, form: str) -> str:
+        return f"{number(row[name], form)} -> {number(row[f'{name}_after'], form)}"
+
+    def ratio(row: Any, name: str) -> str:
+        return number(row[f"{name}_after"] / row[name] if row[name] else None, ".2f")
+
     lines = []
-    for _, row in found.iterrows():
-        changes = [f"{number(row[name], form)} -> {number(row[f'{name}_after'], form)}" for name, form in COMPARED]
-        ratios = [number(row[f"{name}_after"] / row[name] if row[name] else None, ".2f") for name, _ in COMPARED]
-        status = row.status if row.status == row.status_after else f"{row.status} -> {row.status_after}"
-        lines.append([title(row), row.provider, changes[0], ratios[0], changes[1], changes[2], ratios[2], status])
-    header = ("measurement", "provider", "ms", "ratio", "x floor", "peak MiB", "ratio", "status")
-    said = [text(listed(header, lines))]
+    for _, row in both[both.side == "both"].iterrows():
+        status = row.status if row.status == row.status_after else change(row, "status", "")
+        time = change(row, "median_ms", ".0f"), ratio(row, "median_ms"), change(row, "ratio", ".2f")
+        memory = change(row, "peak_mib", ".0f"), ratio(row, "peak_mib")
+        lines.append((title(row), row.provider, *time, *memory, status))
+    header = ["measurement", "provider", "ms", "ratio", "x floor", "peak MiB", "ratio", "status"]
+    said = [text(pd.DataFrame(lines, columns=header))]
     for side, name in (("left_only", "first"), ("right_only", "second")):
         if count := (both.side == side).sum():
             said.append(f"{count} rows only in the {name} record")
     return "\n".join(said)
 
 
-COMPARED = (("median_ms", ".0f"), ("ratio", ".2f"), ("peak_mib", ".0f"))
-
-
 def beaten(rows: Iterable[Row]) -> pd.DataFrame:
-    """Every place where somebody is faster or leaner than ours, by how much: what a reader should see first.
-
-    Of ours the default is compared, not the best of several settings. The floor and wrong gradients are no rivals.
-    """
+    """Every place where somebody is faster or leaner than ours, by how much. Of ours the default is compared, not the
+    best of several settings; the floor and wrong gradients are no rivals."""
     lines = []
     for name, members in groups(frame(rows)):
         fine = members[members.status == "ok"]
-        mine = fine[(fine.provider == "ours") & fine.peak_mib.notna()]
-        if mine.empty:
-            continue
-        mine = mine.iloc[0]
-        for row in fine[(fine.provider != FLOOR) & ~fine.provider.str.startswith("ours")].itertuples():
-            if row.median_ms * NOISE_TIME < mine.median_ms:
-                by = f"{number(row.median_ms)} ms against {number(mine.median_ms)} ms"
-                lines.append((name, row.provider, "time", by))
-            if row.peak_mib + NOISE_MIB < mine.peak_mib:
-                by = f"{number(row.peak_mib)} MiB against {number(mine.peak_mib)} MiB"
-                lines.append((name, row.provider, "memory", by))
-    return listed(("measurement", "provider", "better in", "by"), lines)
+        for mine in fine[(fine.provider == "ours") & fine.peak_mib.notna()].itertuples():
+            for row in fine[(fine.provider != FLOOR) & ~fine.provider.str.startswith("ours")].itertuples():
+                if row.median_ms * NOISE_TIME < mine.median_ms:
+                    by = f"{number(row.median_ms)} ms against {number(mine.median_ms)} ms"
+                    lines.append((name, row.provider, "time", by))
+                if row.peak_mib + NOISE_MIB < mine.peak_mib:
+                    by = f"{number(row.peak_mib)} MiB against {number(mine.peak_mib)} MiB"
+                    lines.append((name, row.provider, "memory", by))
+    return pd.DataFrame(lines, columns=["measurement", "provider", "better in", "by"])

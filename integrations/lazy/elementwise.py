@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, fresh, handles, in_place, is_vocab, made, sharing
-from orpo_kernels.integrations.lazy.stand_in import LazyLogits, View
+from orpo_kernels.integrations.lazy.registry import (
+    HANDLERS,
+    copied,
+    follow,
+    fresh,
+    handles,
+    in_place,
+    is_vocab,
+    made,
+    sharing,
+)
+from orpo_kernels.integrations.lazy.stand_in import Edit, LazyLogits, View
 
 
 def _scaled(x: LazyLogits, factor: Any) -> View | None:
@@ -91,16 +102,11 @@ def _scale_in_place(x: Any, factor: Any) -> Any:
     view = _scaled(x, factor) if isinstance(x, LazyLogits) else None
     if view is None or (x.requires_grad and not torch.is_grad_enabled()):
         return NotImplemented
-    if isinstance(factor, Tensor) and factor.numel() > 1:
-        if sharing(x):
-            for other in sharing(x):
-                other.lost = (
-                    "orpo_kernels: another view of these lazy logits was scaled row by row in place: use that view, or "
-                    "unfuse(model)"
-                )
-    else:
-        for other in sharing(x):
-            other.edits.append((x.view_of.rows, float(factor)))
+    rows = x.view_of.rows
+    each = factor.squeeze(-1).expand(rows.shape) if isinstance(factor, Tensor) and factor.numel() > 1 else float(factor)
+    edit = Edit(rows, each, view.mapping.vocab, view.graph if x.requires_grad else None)
+    for other in sharing(x):
+        follow(other, edit)
     return in_place(x, view)
 
 
@@ -117,6 +123,8 @@ def _tanh(x: LazyLogits) -> Any:
 
 @handles("tanh_")
 def _tanh_(x: LazyLogits) -> Any:
+    if x.requires_grad and not torch.is_grad_enabled():
+        return NotImplemented
     mapping = x.view_of.mapping.tanh() if x.view_of.kind == "logits" and not sharing(x) else None
     return NotImplemented if mapping is None else in_place(x, x.view_of.after("tanh", mapping=mapping))
 
@@ -139,9 +147,11 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     """Logits less their own log-sum-exp are log-probabilities."""
     if not isinstance(a, LazyLogits) or isinstance(b, LazyLogits) or not isinstance(b, Tensor) or alpha != 1:
         return NotImplemented
-    of = getattr(b, "_orpo_lse_of", None)
+    root, rows, mapping, version = getattr(b, "_orpo_lse_of", (lambda: None, None, None, 0))
     view = a.view_of
-    if of is None or view.kind != "logits" or b.dim() != a.dim() or not view.same_rows(of):
+    if root() is not view.root or b._version != version or view.kind != "logits" or b.dim() != a.dim():
+        return NotImplemented
+    if not view.same_rows(replace(view, rows=rows, mapping=mapping)):
         return NotImplemented
     if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
         return NotImplemented

@@ -166,6 +166,13 @@ class Term:
             found[rows] = True
         return found
 
+    def any_nan(self) -> Tensor:
+        """Whether a number of it is NaN."""
+        parts = [self.softmax, self.weighted, self.constant, *(values for _, _, values in self.entries)]
+        parts += [each.grad for each in self.dense]
+        found = [part.isnan().any() for part in parts if part is not None]
+        return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)
+
     def _device(self) -> torch.device:
         if self.entries:
             return self.entries[0][0].device

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
 from orpo_kernels.integrations.lazy.report import Report
-from orpo_kernels.integrations.lazy.rows import Root, Site, expire
+from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
 from orpo_kernels.integrations.lazy.stand_in import lazy_logits
 from orpo_kernels.integrations.trainer import Settings
 from orpo_kernels.settings import Head, Needs
@@ -26,7 +27,6 @@ LOSS_WITHOUT_HEAD = ("liger_kernel", "unsloth", "unsloth_zoo", "unsloth_compiled
 
 _reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
 _met: list[tuple[str, Report]] = []
-_sites: weakref.WeakKeyDictionary[nn.Module, list[_LazyForward]] = weakref.WeakKeyDictionary()
 _watching: list[Any] = []  # the handle of the optimisers' hook, once there is one
 
 
@@ -46,14 +46,16 @@ class _LazyForward:
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # which autocast leaves alone
             to = torch.get_autocast_dtype(device)
             input, weight = input.to(to), weight.to(to)
             bias = None if bias is None else bias.to(to)
         if input.dtype != weight.dtype:
             return self.own(input)  # whose error names both
-        needs = Needs.of(input, Head(weight, bias))
-        root = Root(self.site, input, weight, bias, needs)
+        needs, inputs = Needs.of(input, Head(weight, bias)), Inputs(input, weight, bias)
+        # A cast copy of the weight is not what an optimiser changes.
+        trainable = weight is head.weight and weight.requires_grad
+        root = Root(self.site, inputs, needs, sequences=input.shape[:-2].numel(), trainable=trainable)
         self.site.report.calls += 1
         return lazy_logits(root, input, weight, bias, input.dtype)
 
@@ -62,6 +64,8 @@ class _LazyForward:
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if tracing or torch.compiler.is_exporting() or type(input) not in (Tensor, nn.Parameter):
             return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return False  # vmap, torch.func and forward-mode derivatives
         if input.dim() < 2 or not input.is_floating_point() or input.is_meta or input.numel() == 0:
             return False
         return torch.is_grad_enabled() or (not torch.is_inference_mode_enabled() and input.shape[-2] > 1)
@@ -104,38 +108,45 @@ def fuse(
         report.refusal = found
         report.note(f"{type(model).__name__} is not fused, because {found}")
         return model
-    if report.fused:
-        for forward in _sites[model]:
-            forward.site.backend, forward.site.workspace_bytes = settings
-        return model
     report.refusal, report.fused = None, True
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(expire))
     for module in found:
-        site = Site(module, settings.backend, settings.workspace_bytes)
-        site.report = report
-        forward = _LazyForward(module, site)
-        module.forward = forward  # type: ignore[method-assign,assignment]
-        _sites.setdefault(model, []).append(forward)
+        forward = vars(module).get("forward")
+        if not isinstance(forward, _LazyForward):  # also the head that took an earlier one's place
+            forward = _LazyForward(module, Site(module, *settings))
+            module.forward = forward  # type: ignore[method-assign,assignment]
+        forward.site.report = report
+        forward.site.backend, forward.site.workspace_bytes = settings
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give the model's head its own forward back. Logits that are there already stay lazy."""
-    for forward in _sites.pop(model, []):
-        if vars(forward.head).get("forward") is forward:
-            del forward.head.forward
+    for forward in _forwards(model):
+        del forward.head.forward
+        forward.site.report.fused = False
     if model in _reports:
         _reports[model].fused = False
     return model
 
 
 def fusion_report(model: nn.Module) -> Report:
-    """What became of the model's lazy logits since ``fuse`` or the report's ``reset``."""
+    """What became of the model's lazy logits since ``fuse`` or the report's ``reset``.
+
+    A copy of a fused model has a report of its own; models that share a head share its report.
+    """
     if model not in _reports:
-        _reports[model] = Report()
+        there = _forwards(model)
+        _reports[model] = there[0].site.report if there else Report()
         _met.append((type(model).__name__, _reports[model]))
     return _reports[model]
+
+
+def _forwards(model: nn.Module) -> list[_LazyForward]:
+    """What stands for the forward of heads in the model, whoever put it there."""
+    found = [vars(module).get("forward") for module in model.modules()]
+    return [forward for forward in found if isinstance(forward, _LazyForward)]
 
 
 def patch_transformers(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:

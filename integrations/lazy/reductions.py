@@ -6,6 +6,7 @@ the expectation under softmax. Cross-entropy, entropy and the rest are plain tor
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -106,8 +107,13 @@ def _expected(x: LazyLogits, operation: str) -> Tensor:
 def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
     """What a stand-in has at ``rows``, ``ids`` of one shape, in its dtype."""
     view = x.view_of
-    if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < view.mapping.vocab:
-        raise IndexError(f"index out of range: {operation} on {view.mapping.vocab} tokens of lazy logits")
+    vocab = view.mapping.vocab
+    if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        error = RuntimeError if operation == "gather" else IndexError  # as torch has them
+        raise error(f"index {wrong} is out of bounds for dimension {x.dim() - 1} with size {vocab}")
+    if x.device.type != "cpu":  # where a negative index would count from the end
+        torch._assert_async(((ids >= 0) & (ids < vocab)).all())
     if view.kind == "logits":
         return _entries(x, operation, rows, ids).to(x.dtype)
     if view.kind in ("log_probs", "probs"):
@@ -149,7 +155,8 @@ def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
         lse = _lse(x, "logsumexp", mapping) - view.factor * _lse(x, "logsumexp")
     out = (lse.unsqueeze(-1) if keepdim else lse).to(x.dtype)
     if keepdim and view.kind == "logits":
-        out._orpo_lse_of = view  # type: ignore[attr-defined]
+        of = weakref.ref(view.root), view.rows, view.mapping, out._version
+        out._orpo_lse_of = of  # type: ignore[attr-defined]
     return out
 
 

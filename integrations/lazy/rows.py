@@ -13,7 +13,7 @@ workspace, else four.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,28 +52,72 @@ class Site:
         self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
 
 
-_roots: weakref.WeakSet[Root] = weakref.WeakSet()
+class Inputs:
+    """The tensors of a head's call, unknown to autograd."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.versions = _version(self.hidden), _version(self.weight)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_roots: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
 
 
 class Root:
-    """One call of a head on ``hidden [rows, H]``; its tensors unknown to autograd."""
+    """One call of a head on ``hidden [rows, H]``.
 
-    def __init__(self, site: Site, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> None:
-        self.site, self.needs = site, needs
-        self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-        self.sequences = hidden.shape[:-2].numel()
-        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._version = self._weight._version if not weight.is_inference() else None
-        self.rows = torch.arange(self.hidden.shape[0], device=hidden.device)
+    Stand-ins own its inputs, and so does the head's node until backward has freed what it saved. A loss that somebody
+    keeps with its graph, as ``total += loss``, then holds no hidden states, as with the stock head.
+    """
+
+    node: Callable[[], Any] | None = None  # a weak reference to the head's node, where there is one
+
+    def __init__(self, site: Site, inputs: Inputs, needs: Needs, *, sequences: int, trainable: bool) -> None:
+        self.site, self.needs, self.sequences, self.trainable = site, needs, sequences, trainable
+        self._inputs = weakref.ref(inputs)
+        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+        self.rows = torch.arange(hidden.shape[0], device=hidden.device)
+        self.dtype, self.device = hidden.dtype, hidden.device
         self.acc = acc_dtype(hidden.dtype)
         self.hints: Tensor | None = None  # [rows], a label that was asked for: the best shift of its row
         self.tables: dict[Any, Table] = {}
         self.views: list[weakref.ref[Tensor]] = []
         self.expired = False
         self.stored = 0  # bytes of E that wait for backward
+        self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
+        self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
-        _roots.add(self)
+        _roots[id(self)] = self
+
+    def inputs(self) -> Inputs:
+        """The tensors of the call.
+
+        Raises:
+            RuntimeError: backward has freed them, or hidden was changed in place.
+        """
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
+        if inputs is None:
+            raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
+        if _version(inputs.hidden) != inputs.versions[0]:
+            raise RuntimeError(
+                "orpo_kernels: these logits were not computed yet, and the hidden states they are made of were changed "
+                "in place since: compute what is needed of them before, or unfuse(model)"
+            )
+        return inputs
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.inputs().hidden
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """The head's tensors of the call, gathered again where a wrapper has taken their memory back.
@@ -81,7 +125,8 @@ class Root:
         Raises:
             RuntimeError: they have changed since.
         """
-        weight = self._weight
+        inputs = self.inputs()
+        weight = inputs.weight
         if weight.untyped_storage().nbytes() == 0 and weight.numel():  # sharded again after the head's forward
             live: Any = self.site.module.weight
             if hasattr(live, "full_tensor"):
@@ -94,13 +139,13 @@ class Root:
                 "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
                 "gathered again: compute it before, or unfuse(model)"
             )
-        changed = self._version is not None and weight._version != self._version
+        changed = _version(weight) != inputs.versions[1]
         if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        return weight, self._bias
+        return weight, inputs.bias
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -162,12 +207,22 @@ class Root:
     def count(self, products: float) -> None:
         self.site.report.products += products / max(self.rows.numel(), 1)
 
-    def backward(self, terms: Sequence[Term], weight: Tensor, bias: Tensor | None) -> Grads:
+    def unpacked(self, node: Any) -> Inputs:
+        """The tensors of the call in its node's backward, where they are checked to be as they were."""
+        found = node.unpacked
+        if found is None:
+            found = Inputs(*node.saved_tensors)
+            if self._inputs() is None:
+                self._inputs = weakref.ref(found)
+        node.unpacked = None
+        return found
+
+    def backward(self, terms: Sequence[Term], inputs: Inputs) -> Grads:
         """The gradients of hidden, weight and bias for the sum of the terms."""
         from orpo_kernels.integrations.lazy.products import Dense, Sparse
 
-        weights = weight.detach(), None if bias is None else bias.detach()
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+        weights = inputs.weight, inputs.bias
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)
@@ -189,14 +244,20 @@ class Table:
 
     def __init__(self, root: Root, mapping: Map) -> None:
         n = root.rows.numel()
-        self.root, self.mapping = root, mapping
-        self.known = torch.zeros(n, dtype=torch.bool, device=root.hidden.device)
-        self.ids = torch.zeros(n, dtype=torch.int64, device=root.hidden.device)
-        self.logps, self.labels = root.hidden.new_zeros((2, n), dtype=root.acc)
+        self._root, self.mapping = weakref.ref(root), mapping  # weak, as the root owns its tables
+        self.known = torch.zeros(n, dtype=torch.bool, device=root.device)
+        self.ids = torch.zeros(n, dtype=torch.int64, device=root.device)
+        self.logps, self.labels = torch.zeros((2, n), dtype=root.acc, device=root.device)
         self.passes: list[Pass] = []
         self.family: Tensor | None = None
         self._moments: Moments | None = None
         self._with_moments = torch.zeros_like(self.known)
+
+    @property
+    def root(self) -> Root:
+        root = self._root()
+        assert root is not None  # who asks has it from there
+        return root
 
     def logps_of(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Log-probabilities of ``ids [k]`` at ``rows [k]``."""
@@ -301,7 +362,16 @@ class Table:
         root.site.report.plans[plan.name] = str(plan)
 
 
-def expire(*_: Any) -> None:
-    """An optimiser is about to step: what is not computed yet never will be."""
-    for root in list(_roots):
-        root.expired = root.expired or root.needs.head
+def expire(optimiser: Any, *_: Any) -> None:
+    """An optimiser is about to step: what is not computed yet of the heads it trains never will be.
+
+    An optimiser may train copies of the weights, flat, sharded or in another precision, which are no plain parameters.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    copies = any(type(p) is not nn.Parameter or hasattr(p, "_is_flat_param") for p in parameters)
+    trained = {id(parameter) for parameter in parameters}
+    for each in _roots.valuerefs():
+        root = each()
+        if root is not None and root.trainable:
+            own = any(id(parameter) in trained for parameter in root.site.module.parameters())
+            root.expired = root.expired or own or copies

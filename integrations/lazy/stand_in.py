@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.engine import refuse_second_derivatives
 from orpo_kernels.integrations.lazy.gradient import Dense, Map, Term, Terms, added
-from orpo_kernels.integrations.lazy.rows import Root
+from orpo_kernels.integrations.lazy.rows import Inputs, Root
 
 _aten = torch.ops.aten
 
@@ -39,6 +39,7 @@ class View:
     vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
     family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
     chain: tuple[str, ...] = ()  # operations so far, for the report
+    graph: object = field(default_factory=object)  # shared by views that autograd follows from one to another
 
     @property
     def shape(self) -> torch.Size:
@@ -63,13 +64,16 @@ class View:
     def dense(self) -> Tensor:
         """What this stands for, computed."""
         root, rows = self.root, self.rows.reshape(-1)
-        out = torch.empty((rows.numel(), self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        # Not a view of anything: autograd lets nobody change in place a view that a node returned.
+        out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
+        flat = out.view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
-                out[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
+                flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        out = out.view(*self.rows.shape, self.mapping.vocab)
-        return out if self.vocab_dim == -1 else out.movedim(-1, self.vocab_dim).contiguous()
+        if self.vocab_dim == -1:
+            return out
+        return out.movedim(-1, self.vocab_dim).clone(memory_format=torch.contiguous_format)
 
     def terms_of_dense(self, grad: Tensor) -> Terms:
         """A dense gradient of the stand-in's shape."""
@@ -105,6 +109,15 @@ def _strides(shape: torch.Size) -> list[int]:
     return [*strides, max(step, 2)]
 
 
+class Edit(NamedTuple):
+    """A scale in place of a view that shares memory with others."""
+
+    rows: Tensor  # of the root
+    factor: float | Tensor  # of all rows, or of each
+    vocab: int  # columns, from the first
+    graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
+
+
 class LazyLogits(torch.Tensor):
     """A tensor of logits, or of what a loss first makes of them, that is not there."""
 
@@ -112,7 +125,9 @@ class LazyLogits(torch.Tensor):
     own: Tensor | None  # the values, once something changed them in place or needed all of them
     changed: bool  # whether ``own`` is no longer what the view says
     lost: str | None  # why it cannot be used any more
-    edits: list[tuple[Tensor, float | Tensor]]  # scales in place, of views that share memory
+    inputs: Inputs  # of the root, which live as long as this does
+    own_version: int  # of ``own`` as it was computed
+    edits: list[Edit]  # of views that share memory
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
@@ -120,6 +135,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
+        self.own_version, self.inputs = 0, view.root.inputs()
         views = view.root.views
         views.append(weakref.ref(self))
         if len(views) % 64 == 0:
@@ -158,9 +174,9 @@ def _mutates(argument: Any) -> bool:
 
 def copy_of(x: LazyLogits) -> LazyLogits:
     """Another tensor that stands for the same, unknown to autograd."""
-    copy = LazyLogits(x.view_of)
+    copy = LazyLogits(replace(x.view_of, graph=object()))
     copy.own = None if x.own is None else x.own.detach()
-    copy.changed, copy.lost, copy.edits = x.changed, x.lost, list(x.edits)
+    copy.own_version, copy.changed, copy.lost, copy.edits = x.own_version, x.changed, x.lost, list(x.edits)
     return copy
 
 
@@ -168,10 +184,21 @@ def computed(x: LazyLogits, operation: str) -> Tensor:
     """The values of a stand-in, unknown to autograd, kept as long as it lives."""
     if x.lost is not None:
         raise RuntimeError(x.lost)
+    if x.edits:
+        raise RuntimeError(
+            f"orpo_kernels: {operation} asks for lazy logits that were changed in place through another view, which it "
+            "cannot follow: use that view, or unfuse(model)"
+        )
     if x.own is None:
         x.view_of.root.site.report.materialise(operation, x.view_of.bytes)
-        x.own = x.view_of.dense()
+        keep(x, x.view_of.dense())
+    assert x.own is not None
     return x.own.detach()
+
+
+def keep(x: LazyLogits, own: Tensor) -> None:
+    """Take values as those that the stand-in stands for."""
+    x.own, x.own_version, x.view_of.root.in_memory = own, own._version, True
 
 
 class LazyGrad(torch.Tensor):
@@ -179,13 +206,14 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
+    inputs: Inputs  # of the root, which live as long as this does
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
-        self.view_of, self.terms = view, terms
+        self.view_of, self.terms, self.inputs = view, terms, view.root.inputs()
         return self
 
     def __init__(self, view: View, terms: Terms) -> None:
@@ -225,11 +253,19 @@ class LazyGrad(torch.Tensor):
                     return LazyGrad(first.view_of, terms)
                 first.terms = terms
                 return first
+        if name == "isnan":  # of every entry where it is of one, as checks of anomalies want to know
+            found = torch.stack([term.any_nan() for term in first.terms.values()]).any()
+            return found.expand(first.shape)
         if any(_mutates(argument) for argument in func._schema.arguments) and isinstance(first, LazyGrad):
             values = torch.utils._pytree.tree_map_only(LazyGrad, dense_grad, (args, kwargs))
             result = func(*values[0], **values[1])
             first.terms = first.view_of.terms_of_dense(values[0][0])
             return first if isinstance(result, Tensor) else result
+        views = any(result.alias_info is not None for result in func._schema.returns)
+        if views and isinstance(first, LazyGrad) and first.view_of.kind == "logits":
+            whole = dense_grad(first)  # through a view of which the gradient may be changed in place
+            first.terms = first.view_of.terms_of_dense(whole)
+            return func(whole, *args[1:], **kwargs)
         values = torch.utils._pytree.tree_map_only(LazyGrad, dense_grad, (args, kwargs))
         return func(*values[0], **values[1])
 
@@ -273,6 +309,7 @@ class HeadNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
         ctx.save_for_backward(hidden, weight, bias)
+        view.root.node, ctx.unpacked = weakref.ref(ctx), None
         ctx.set_materialize_grads(False)
         ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
         return LazyLogits(view)
@@ -282,9 +319,9 @@ class HeadNode(torch.autograd.Function):
         refuse_second_derivatives()
         if grad is None:
             return None, None, None, None
-        _hidden, weight, bias = ctx.saved_tensors  # which checks that nobody has changed them
-        terms = _terms(grad, ctx.view)
-        grads = ctx.view.root.backward(list(terms.values()), weight, bias)
+        inputs = ctx.view.root.unpacked(ctx)
+        weight, bias = inputs.weight, inputs.bias
+        grads = ctx.view.root.backward(list(_terms(grad, ctx.view).values()), inputs)
         hidden = None if grads.hidden is None else grads.hidden.to(ctx.hidden_dtype).view(ctx.hidden_shape)
         return (
             hidden,
@@ -305,6 +342,7 @@ class ViewNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
         if grad is None:
             return None, None
         return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
@@ -323,23 +361,40 @@ class InPlaceNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
         if grad is None:
             return None, None
         return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
+
+
+class ChangedNode(torch.autograd.Function):
+    """A stand-in whose values were changed: from now on its gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits, own: Tensor) -> LazyLogits:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        refuse_second_derivatives()
+        return None, grad
 
 
 class DenseNode(torch.autograd.Function):
     """From a stand-in to its values."""
 
     @staticmethod
-    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+    def forward(ctx: Any, x: LazyLogits, own: Tensor | None = None) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view = x.view_of
-        return x.view_of.dense()
+        return x.view_of.dense() if own is None else own.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad))
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
+        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad)), None
 
 
 class ReduceNode(torch.autograd.Function):
@@ -349,10 +404,11 @@ class ReduceNode(torch.autograd.Function):
     def forward(ctx: Any, x: LazyLogits, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.view, ctx.terms = x.view_of, terms
-        return value
+        return value.clone()  # an input returned as it is would be a view, which nobody may change in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        refuse_second_derivatives()
         return None if grad is None else LazyGrad(ctx.view, ctx.terms(grad)), None, None
 
 

@@ -15,7 +15,7 @@ from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
 MANY_PIECES = 4  # of a split from which on all of them are asked for, so that they are computed together
 
 
-@handles("detach", "detach_")
+@handles("detach")
 def _detach(x: LazyLogits) -> Any:
     return copy_of(x)
 
@@ -272,4 +272,7 @@ def _getitem(x: Any, index: Any) -> Any:
     if last.numel() > WIDEST_GATHER:
         return NotImplemented
     whole = (*rows.shape, *ids.shape)
-    return taken(x, "getitem", rows.view(*rows.shape, *[1] * ids.dim()).expand(whole), ids.expand(whole))
+    out = taken(x, "getitem", rows.view(*rows.shape, *[1] * ids.dim()).expand(whole), ids.expand(whole))
+    if isinstance(items[-1], int) and not advanced:  # eager torch gives a view here
+        view.root.columns.append((out.detach(), out._version))
+    return out

@@ -17,7 +17,7 @@ from benchmarks import accuracy, race
 from benchmarks.harness.measure import UnsupportedError
 from benchmarks.harness.memory import peak_of
 from benchmarks.harness.record import Record, Row, merged
-from benchmarks.lab.compile import TARGETS, CompileRow
+from benchmarks.lab.compile import TARGETS, problem
 from benchmarks.problems import floor
 from benchmarks.problems.cases import BATCHES, CASES, HEADS, IGNORE, STATES, TASKS, Batch, Case, Pair
 from benchmarks.problems.inputs import make_problem
@@ -294,9 +294,9 @@ def test_documents_show_the_recorded_figures() -> None:
 
 def test_the_recorded_compilation_has_no_problem() -> None:
     (file,) = (render.RESULTS / "compiled").glob("*.json")
-    rows = [CompileRow(**row) for row in json.loads(file.read_text())]
-    assert {row.target for row in rows} == set(TARGETS)
-    assert not [row for row in rows if row.problem]
+    rows = json.loads(file.read_text())
+    assert {row["target"] for row in rows} == set(TARGETS)
+    assert not [row for row in rows if problem(row)]
     assert render._compiled().count("\n") > len(TARGETS)
 
 

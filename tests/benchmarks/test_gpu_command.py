@@ -20,7 +20,7 @@ from benchmarks.harness.record import AccuracyRow, Check, Record, Row, merged
 from benchmarks.lab import gpu
 from benchmarks.problems.cases import CASES
 from benchmarks.problems.sections import gpu_race
-from benchmarks.report import targets
+from benchmarks.report import promises
 
 ASKED = Row("llama3-8b", "dense", "trained-like", "trainable", "bfloat16", "full", "ours")
 
@@ -35,7 +35,7 @@ def test_the_dry_run_lists_every_step_and_measurement(capsys: pytest.CaptureFixt
             assert " ".join(filter(None, row.key)) in said
     asked = {row.group for rows in gpu_race().values() for row in rows}
     assert {
-        target.group for target in targets.TARGETS["gpu"]
+        target.group for target in promises.PROMISES["gpu"]
     } <= asked  # every promise is about something that is measured
 
 
@@ -161,7 +161,7 @@ def test_targets_say_what_holds() -> None:
         AccuracyRow("-11", -11.0, "bfloat16", "grad_weight", 2e-3, 1e-3, 4e-3),
         AccuracyRow("-0.4", -0.4, "bfloat16", "grad_weight", 9e-3, 3e-3, 2e-2),
     ]
-    said = {verdict.claim: verdict for verdict in targets.verdicts("gpu", Record(rows=rows, accuracy=regimes))}
+    said = {verdict.claim: verdict for verdict in promises.verdicts("gpu", Record(rows=rows, accuracy=regimes))}
     where = "llama3-8b, dense, trainable"
     assert said[f"floor / time, {where}"].holds
     assert said[f"faster than naive, {where}"].measured == "3.00"
@@ -173,7 +173,7 @@ def test_targets_say_what_holds() -> None:
     assert said[f"memory, {where}"].holds
     assert said["naive's error of grad_weight over ours, in every regime"].measured == "2.00"
     assert said["naive's error of grad_weight over ours, where mean logp is above -0.5"].holds is False
-    assert all(math.isfinite(target.bound) for target in targets.TARGETS["gpu"])
+    assert all(math.isfinite(target.bound) for target in promises.PROMISES["gpu"])
 
 
 def test_measured_again_replaces(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def _last(rows: Sequence[Row], limit: int = LIMIT, steps: int = 2) -> list[Row]:
 @pytest.mark.slow
 def test_stock_and_patched_train_the_same(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = train.MODELS["tiny"]
-    monkeypatch.setitem(train.MODELS, "tiny", model._replace(sizes=(*model.sizes[:-1], 999)))  # a quick tokenizer
+    monkeypatch.setitem(train.MODELS, "tiny", model._replace(vocab_size=999))  # a quick tokenizer
     rows = _last([row for row in ROWS if row.setting == setting], limit=16, steps=1)
     assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]
     stock, patched, *searches = rows
