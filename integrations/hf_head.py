@@ -96,6 +96,22 @@ def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
                     head.forward = here.before  # type: ignore[method-assign]
 
 
+def forward_of(head: nn.Linear) -> Any:
+    """The head's forward as it is outside of a detour."""
+    here: Any = vars(head).get("forward")
+    return here.own if isinstance(here, _Detour) else head.forward
+
+
+def set_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> None:
+    """Replace the head's forward, also during a detour, which ends with this one in place."""
+    with _DETOURS:
+        here: Any = vars(head).get("forward")
+        if isinstance(here, _Detour):
+            here.own = here.before = forward  # type: ignore[assignment]
+        else:
+            head.forward = forward  # type: ignore[method-assign,assignment]
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a model makes of its head's output ``z``: ``cap(logit_scale * (z + bias)) + shift`` of the first columns.

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
+from orpo_kernels.integrations.hf_head import forward_of, set_forward
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
 from orpo_kernels.integrations.lazy.stand_in import lazy_logits
@@ -36,7 +37,7 @@ class _LazyForward:
     ours = True  # as other code of this package asks a forward that was replaced
 
     def __init__(self, head: nn.Linear, site: Site) -> None:
-        self.head, self.site, self.own = head, site, head.forward
+        self.head, self.site, self.own = head, site, forward_of(head)
 
     @torch._dynamo.disable
     def __call__(self, input: Tensor) -> Tensor:
@@ -112,10 +113,10 @@ def fuse(
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(expire))
     for module in found:
-        forward = vars(module).get("forward")
+        forward = forward_of(module)
         if not isinstance(forward, _LazyForward):  # also the head that took an earlier one's place
             forward = _LazyForward(module, Site(module, *settings))
-            module.forward = forward  # type: ignore[method-assign,assignment]
+            set_forward(module, forward)  # beneath the detour of a patched trainer, whose call may be the model's first
         forward.site.report = report
         forward.site.backend, forward.site.workspace_bytes = settings
     return model
