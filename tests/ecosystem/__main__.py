@@ -92,10 +92,20 @@ def install(name: str, stack: Stack, *, again: bool) -> Path:
         command([*pip, torch, *stack.requires])
         command([*pip, "--no-deps", "--editable", str(ROOT), *stack.alone])
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-        for module in stack.empty:
-            (packages / f"{module}.py").touch()
+        for module, names in stack.hollow.items():
+            hollow(packages, module, names)
         stamp.write_text(wanted)
     return python
+
+
+def hollow(packages: Path, module: str, names: tuple[str, ...]) -> None:
+    """A module that can be imported, and whose names are None."""
+    folder = packages
+    for part in module.split("."):
+        folder /= part
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").touch()
+    (folder / "__init__.py").write_text("".join(f"{name} = None\n" for name in names))
 
 
 def train(python: Path, arguments: list[str], output: Path, *objectives: str, fuse: bool = False) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-TIMINGS = ("runtime", "per_second", "flos", "memory", "speed", "time")
+TIMINGS = ("runtime", "per_second", "per_sec", "flos", "memory", "speed", "time", "tkps")
 LOSSES = ("loss", "train_loss")
-# Losses of float32 after three steps of Adam, which turns a rounding of a small gradient into one of an update.
+# Of figures after three steps of Adam in float32, which turns the rounding of a small gradient into that of an update.
 TOLERANCE = 1e-4
 
 
@@ -19,8 +19,7 @@ def compare(stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
     policy = max(models, key=lambda model: model["products"], default=None)
     found: dict[str, Any] = {
         "losses": [entry["loss"] for entry in stock["history"] if "loss" in entry],
-        "loss_difference": None,
-        "other_difference": None,
+        "differences": None,
         "calls": policy["calls"] if policy else 0,
         "products_per_call": round(policy["products"] / policy["calls"], 3) if policy and policy["calls"] else None,
         "other_models": len(models) - 1 if models else 0,
@@ -34,20 +33,14 @@ def compare(stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
     if [sorted(_kept(entry)) for entry in stock["history"]] != [sorted(_kept(entry)) for entry in fused["history"]]:
         found["disagrees"] = "not the same figures were logged"
         return found
-    losses, others = 0.0, {}
+    apart: dict[str, float] = {}
     for theirs, ours in zip(stock["history"], fused["history"], strict=True):
         for key, value in _kept(theirs).items():
-            apart = difference(value, ours[key])
-            if key in LOSSES:
-                losses = max(losses, apart)
-            else:
-                others[key] = max(others.get(key, 0.0), apart)
-    worst = max(others, key=lambda key: others[key], default=None)
-    found["loss_difference"] = losses
-    found["other_difference"] = others[worst] if worst else 0.0
-    found["other_worst"] = worst
-    if losses > TOLERANCE:
-        found["disagrees"] = f"losses differ by {losses:.1e}"
+            name = "loss" if key in LOSSES else "gradient" if key == "grad_norm" else "other"
+            apart[name] = max(apart.get(name, 0.0), difference(value, ours[key]))
+    found["differences"] = apart
+    wrong = [f"{name} by {each:.1e}" for name, each in apart.items() if not each <= TOLERANCE]
+    found["disagrees"] = f"figures differ: {', '.join(wrong)}" if wrong else None
     return found
 
 
@@ -60,7 +53,7 @@ def _kept(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def difference(theirs: float, ours: float) -> float:
-    """Relative to the stock figure, or to 1 where that is smaller than a thousandth, as differences near 0 are."""
+    """Relative to the stock figure, or to 1 where that is smaller: margins are differences of figures of that size."""
     if math.isnan(theirs) and math.isnan(ours):
         return 0.0
-    return abs(ours - theirs) / (abs(theirs) if abs(theirs) > 1e-3 else 1.0)
+    return abs(ours - theirs) / max(abs(theirs), 1.0)

@@ -13,7 +13,7 @@ from tests.ecosystem.stacks import ABSENT, STACKS
 RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
 DOCUMENT = ROOT / "docs" / "stacks.md"
 MARKED = re.compile(r"(<!-- ecosystem -->\n).*?(<!-- /ecosystem -->)", re.DOTALL)
-HEADER = ("stack", "objective", "losses differ by", "products a call", "full logits for")
+HEADER = ("stack", "objective", "losses differ", "gradient norms differ", "products a call", "full logits for")
 
 
 def load() -> dict[str, Any]:
@@ -35,29 +35,31 @@ def table(record: dict[str, Any]) -> str:
     for name, found in record.items():
         title = _titled(STACKS[name].title, found["versions"])
         if "reason" in found:
-            rows.append((title, "not run", str(found["reason"]), "", ""))
+            rows.append((title, "", "not run", "", "", _one_line(found["reason"])))
         for objective, run in found["runs"].items():
             rows.append((title, objective, *_cells(run)))
             title = ""
     for absent in ABSENT.values():
-        rows.append((absent.title, "not run", absent.reason, "", absent.instead))
+        rows.append((absent.title, absent.instead, "not run", "", "", absent.reason))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _titled(title: str, versions: dict[str, str]) -> str:
-    others = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("torch", "accelerate"))
+    others = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("torch", "accelerate") and not title.replace("-", "").lower().startswith(name))
     return f"{title} ({others})" if others else title
 
 
-def _cells(run: dict[str, Any]) -> tuple[str, str, str]:
+def _cells(run: dict[str, Any]) -> tuple[str, ...]:
     if "skipped" in run:
-        return "does not run stock", "", run["skipped"].replace("|", "/")
-    if run["loss_difference"] is None:
-        return f"**{run['disagrees']}**".replace("|", "/"), "", ""
-    differ = f"{run['loss_difference']:.0e}" if run["loss_difference"] else "0"
-    if run["disagrees"]:
-        differ = f"**{differ}**"
+        return "not run", "", "", _one_line(run["skipped"])
+    if run["differences"] is None:
+        return f"**{_one_line(run['disagrees'])}**", "", "", ""
+    differ = [f"{run['differences'].get(name, 0.0):.0e}" for name in ("loss", "gradient")]
     each = run["products_per_call"]
-    products = "trainer's own patch" if each is None and not run["refusals"] else "" if each is None else f"{each:.2f}"
+    products = f"{each:.2f}" if each else "refused" if run["refusals"] else "head not called"
     full = sorted({f"{found['operation']} ({found['where']})" for found in run["materialised"]})
-    return differ, products, "; ".join([*full, *run["refusals"]]) or "nothing"
+    return *differ, products, _one_line("; ".join([*full, *run["refusals"]]) or "nothing")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")

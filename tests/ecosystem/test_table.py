@@ -31,8 +31,10 @@ def history(*losses: float, **others: float) -> dict[str, Any]:
     ("ours", "sentence"),
     [
         (history(1.0, 2.0, grad_norm=3.0), None),
-        (history(1.0, 2.00001, grad_norm=3.1), None),
-        (history(1.0, 2.1, grad_norm=3.0), "losses differ by 5.0e-02"),
+        (history(1.0, 2.00001, grad_norm=3.0), None),
+        (history(1.0, 2.1, grad_norm=3.0), "figures differ: loss by 5.0e-02"),
+        (history(1.0, 2.0, grad_norm=3.3), "figures differ: gradient by 1.0e-01"),
+        (history(1.0, float("nan"), grad_norm=3.0), "figures differ: loss by nan"),
         (history(1.0, grad_norm=3.0), "not the same figures were logged"),
         (history(1.0, 2.0), "not the same figures were logged"),
         ({"error": "ValueError: no"}, "ValueError: no"),

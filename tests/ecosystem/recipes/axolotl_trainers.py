@@ -80,6 +80,8 @@ def train(objective: str) -> list[dict[str, Any]]:
             **options,
         )
         trainer = trainer_class(model=tiny.model(), args=arguments, processing_class=tokenizer, **data)
+        if objective == "orpo-own":
+            trainer.tokenizer = tokenizer  # its orpo_compute_loss asks for what this transformers no longer sets
         trainer.train()
     found: list[dict[str, Any]] = trainer.state.log_history
     return found

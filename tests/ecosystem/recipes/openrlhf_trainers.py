@@ -75,8 +75,14 @@ def sequences(count: int = tiny.STEPS) -> list[tuple[torch.Tensor, ...]]:
     return [(*some(12), *some(10), [3] * 4) for _ in range(count)]
 
 
+def actor(seed: int = 0, temperature: float = 1.0) -> Actor:
+    found = Actor(tiny.model(seed), temperature=temperature)
+    found.packing_samples = False  # what Actor sets where it loads its model from files, in bfloat16
+    return found
+
+
 def dpo() -> list[dict[str, Any]]:
-    policy, reference = Actor(tiny.model()), Actor(tiny.model(seed=1))
+    policy, reference = actor(), actor(seed=1)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     strategy = Strategy()
     loader = torch.utils.data.DataLoader(sequences(), batch_size=None)
@@ -101,7 +107,7 @@ def dpo() -> list[dict[str, Any]]:
 def loop(objective: str) -> list[dict[str, Any]]:
     """As PPO's actor and SFTTrainer do it."""
     torch.manual_seed(0)
-    policy = Actor(tiny.model(), temperature=1.0 if objective == "sft" else 0.7)
+    policy = actor(temperature=1.0 if objective == "sft" else 0.7)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None]
     history = []

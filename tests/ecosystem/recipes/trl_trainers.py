@@ -1,6 +1,6 @@
 """TRL's trainers, of whichever version is installed.
 
-usage: trl_trainers.py OUTPUT.json [{sft | dpo | orpo | cpo | simpo | kto | grpo} ...]
+usage: trl_trainers.py OUTPUT.json [{sft | sft-nll | dpo | orpo | cpo | simpo | kto | grpo} ...]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from datasets import Dataset
 # Trainer, configuration, where some versions keep them beside trl itself, and what the objective wants.
 OBJECTIVES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("SFT", "", {}),
+    "sft-nll": ("SFT", "", {"loss_type": "nll"}),  # where the default has become a loss that calls no head
     "dpo": ("DPO", "", {}),
     "orpo": ("ORPO", "orpo", {}),
     "cpo": ("CPO", "cpo", {}),
@@ -40,7 +41,7 @@ def find(name: str, experimental: str) -> Any:
 
 def data(objective: str) -> Dataset:
     rows: list[dict[str, Any]] = list(tiny.pairs())
-    if objective == "sft":
+    if objective.startswith("sft"):
         rows = [{"text": row["prompt"] + row["chosen"]} for row in rows]
     elif objective == "grpo":
         rows = [{"prompt": row["prompt"]} for row in rows]
@@ -61,6 +62,8 @@ def train(objective: str) -> list[dict[str, Any]]:
     name, experimental, options = OBJECTIVES[objective]
     trainer_class, config_class = (find(f"{name}{what}", experimental) for what in ("Trainer", "Config"))
     known = {field.name for field in dataclasses.fields(config_class)}
+    if objective == "sft-nll" and getattr(config_class, "loss_type", "nll") == "nll":
+        raise LookupError("this is the default of this version, as above")
     settings = {
         "max_steps": tiny.STEPS,
         "per_device_train_batch_size": 4,
@@ -74,13 +77,13 @@ def train(objective: str) -> list[dict[str, Any]]:
         "gradient_checkpointing": False,
         "max_length": 32,
         "max_prompt_length": 16,
-        "remove_unused_columns": objective == "sft",
+        "remove_unused_columns": objective.startswith("sft"),
         **options,
     }
     with tempfile.TemporaryDirectory() as folder:
         arguments = config_class(output_dir=folder, **{key: value for key, value in settings.items() if key in known})
         takes = inspect.signature(trainer_class.__init__).parameters
-        tokenizer = {"processing_class" if "processing_class" in takes else "tokenizer": tiny.tokenizer()}
+        tokenizer = {"tokenizer" if "tokenizer" in takes else "processing_class": tiny.tokenizer()}
         more: dict[str, Any] = {"reward_funcs": reward} if objective == "grpo" else {}
         if objective in ("dpo", "kto"):
             more["ref_model"] = tiny.model(seed=1)
