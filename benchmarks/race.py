@@ -17,6 +17,7 @@ from benchmarks.harness.measure import in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
 from benchmarks.harness.record import Keep, Record, Row, merged
 from benchmarks.problems.cases import BATCHES, BETA
+from benchmarks.problems.chains import CHAINS
 from benchmarks.problems.floor import build_floor
 from benchmarks.problems.inputs import Problem, problem_of
 from benchmarks.problems.providers import FLOOR, NAIVE, PROVIDERS, Provider, objective
@@ -105,6 +106,8 @@ def check(provider: Provider, row: Row, sample: Problem) -> Row:
     inputs, softcap = (exact.hidden, exact.weight), exact.softcap
 
     def truth() -> torch.Tensor:
+        if row.task in CHAINS:
+            return NAIVE.build(exact, row.task)()
         if row.task != "loss":
             return objective(exact, row.task)(reference.linear_logprobs(*inputs, exact.targets, softcap=softcap))
         more: dict[str, Any] = {"nll_labels": exact.nll_labels, "beta": BETA, "softcap": softcap}

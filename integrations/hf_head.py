@@ -64,7 +64,7 @@ class _Detour:
     ours = True
 
     def __init__(self, head: nn.Linear) -> None:
-        self.own = head.forward
+        self.own: Callable[[Tensor], Tensor] = head.forward
         self.before = vars(head).get("forward")  # lazy logits', or None
         self.ways: dict[int, Callable[[Tensor], Tensor]] = {}
 
@@ -96,20 +96,16 @@ def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
                     head.forward = here.before  # type: ignore[method-assign]
 
 
-def forward_of(head: nn.Linear) -> Any:
-    """The head's forward as it is outside of a detour."""
-    here: Any = vars(head).get("forward")
-    return here.own if isinstance(here, _Detour) else head.forward
-
-
-def set_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> None:
-    """Replace the head's forward, also during a detour, which ends with this one in place."""
+def replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Put ``forward`` in the place of the head's own, under a detour if one is being taken; what was there."""
     with _DETOURS:
         here: Any = vars(head).get("forward")
         if isinstance(here, _Detour):
-            here.own = here.before = forward  # type: ignore[assignment]
-        else:
-            head.forward = forward  # type: ignore[method-assign,assignment]
+            below, here.own, here.before = here.own, forward, forward
+            return below
+        was: Callable[[Tensor], Tensor] = head.forward
+        head.forward = forward  # type: ignore[method-assign,assignment]
+        return was
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.settings import Head
@@ -45,14 +46,13 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
             raise TypeError(
                 f"{name} must be a dense, strided tensor, got layout {tensor.layout}: call .to_dense() first"
             )
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no data: load or gather it before the loss")
     if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
         raise ValueError(
             "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "
             "pass weight.full_tensor(grad_placements=[Partial('avg')])"
         )
-    for name, tensor in named:
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no data: load or gather it before the loss")
     if weight.numel() == 0:
         raise ValueError(
             f"weight is empty (shape {shape(weight)}): DeepSpeed ZeRO-3 keeps parameters partitioned; call the loss "
@@ -67,10 +67,8 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
         raise ValueError(f"hidden must be {expected}, got shape {shape(hidden)}: pass the model's last hidden states")
     if hidden.shape[-1] != weight.shape[1]:
         transposed = hidden.shape[-1] == weight.shape[0]
-        hint = (
-            ": weight looks transposed; pass weight.T" if transposed else ": pass the head that belongs to this model"
-        )
-        raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns{hint}")
+        hint = "weight looks transposed; pass weight.T" if transposed else "pass the head that belongs to this model"
+        raise ValueError(f"hidden has {hidden.shape[-1]} features but weight has {weight.shape[1]} columns: {hint}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias must be [{weight.shape[0]}], one entry a row of weight, got shape {shape(bias)}: pass its own"
@@ -185,12 +183,11 @@ def flat_nll_labels(nll_labels: Tensor, hidden: Tensor, ignore_index: int) -> Te
     Raises:
         TypeError, ValueError: as ``check_labels``.
     """
-    positions = hidden.shape[:-1]
-    if isinstance(nll_labels, Tensor) and hidden.dim() == 3 and nll_labels.dim() == 2:
-        pairs = hidden.shape[0] // 2
-        if nll_labels.shape[0] == pairs and nll_labels.shape[0] != positions[0]:
-            check_labels("nll_labels", nll_labels, hidden, expected=torch.Size([pairs, positions[1]]))
-            rejected = torch.full_like(nll_labels, ignore_index, dtype=torch.int64)
-            return torch.cat([nll_labels.long(), rejected]).reshape(-1)
-    check_labels("nll_labels", nll_labels, hidden, expected=positions)
+    expected = hidden.shape[:-1]
+    if isinstance(nll_labels, Tensor) and nll_labels.dim() == 2 == len(expected):
+        pairs, length = expected[0] // 2, expected[1]
+        if nll_labels.shape[0] == pairs:
+            check_labels("nll_labels", nll_labels, hidden, expected=torch.Size([pairs, length]))
+            nll_labels = F.pad(nll_labels.long(), (0, 0, 0, pairs), value=ignore_index)
+    check_labels("nll_labels", nll_labels, hidden, expected=expected)
     return nll_labels.long().reshape(-1).contiguous()

@@ -25,7 +25,9 @@ import torch
 
 import orpo_kernels
 from orpo_kernels import integrations
+from orpo_kernels.backends import by_preference
 from orpo_kernels.integrations import TRAINERS, Trainer
+from orpo_kernels.integrations.trainer import BACKEND_VARIABLE, WORKSPACE_VARIABLE, Settings
 from orpo_kernels.startup import sitecustomize
 
 PREFIX = "orpo_kernels:"
@@ -62,17 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor()
     if options.target is None:
         run.error("-m needs the name of a module" if options.module else "a script is missing")
-    for variable, value in (
-        ("ORPO_KERNELS_BACKEND", options.backend),
-        ("ORPO_KERNELS_WORKSPACE_BYTES", options.workspace_bytes),
-        (TRAINERS_ONLY, "1" if options.trainers_only else None),
-        (REPORT, "1" if options.report else None),
-    ):
-        if value is not None:
-            os.environ[variable] = value  # where child processes find it too
+    chosen = {
+        BACKEND_VARIABLE: options.backend,
+        WORKSPACE_VARIABLE: options.workspace_bytes,
+        TRAINERS_ONLY: "1" if options.trainers_only else None,
+        REPORT: "1" if options.report else None,
+    }
+    os.environ.update({variable: value for variable, value in chosen.items() if value is not None})  # for children too
     if options.backend is not None or options.workspace_bytes is not None:
-        from orpo_kernels.integrations.trainer import Settings
-
         try:
             Settings.chosen(None, None)
         except ValueError as error:
@@ -135,7 +134,7 @@ def imported(name: str) -> None:
         if name in trainer.homes:
             _patch(trainer)
     if name in BUILT and os.environ.get(TRAINERS_ONLY):
-        _when_first_built(getattr(sys.modules[name], BUILT[name]), _built)
+        _say_when_first_built(getattr(sys.modules[name], BUILT[name]))
     elif name == MODELS:
         _make_lazy()
 
@@ -182,9 +181,8 @@ def _built(cls: type) -> None:
         _say(f"patched nothing so far: a {cls.__name__} is built and no {known} was imported")
 
 
-def _when_first_built(cls: Any, then: Callable[[type], None]) -> None:
-    init = cls.__init__
-    due = [then]
+def _say_when_first_built(cls: Any) -> None:
+    init, due = cls.__init__, [_built]
 
     @functools.wraps(init)
     def first(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -214,8 +212,6 @@ def _their_traceback(
 
 def doctor() -> int:
     """Print what a bug report needs."""
-    from orpo_kernels.backends import by_preference
-
     print(f"orpo_kernels {orpo_kernels.__version__}, python {platform.python_version()}, {platform.platform()}")
     for library in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger-kernel"):
         print(f"  {library:<13} {_version(library) or 'not installed'}")

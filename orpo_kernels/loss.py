@@ -14,7 +14,7 @@ from orpo_kernels.backends import Backend, check_name
 from orpo_kernels.engine import Fused, Losses, warn_skipped
 from orpo_kernels.objectives import ORPO, Objective, PairLogps, check_objective, metric_names
 from orpo_kernels.plan import Plan
-from orpo_kernels.prepare import prepare
+from orpo_kernels.prepare import prepare, ready
 from orpo_kernels.settings import Batch, Head, Settings, checked, checked_head
 
 P = ParamSpec("P")
@@ -164,7 +164,7 @@ def preference_loss(
         rejected_rewards=rejected_rewards,
         chosen_logits_mean=chosen_logits,
         rejected_logits_mean=rejected_logits,
-        valid=_valid(known),
+        valid=known.valid,
         objective_metrics=dict(zip(metric_names(objective), metrics, strict=True)),
     )
 
@@ -216,7 +216,7 @@ def orpo_loss(
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
-    valid, chosen, rejected = _valid(known), known.chosen_mean, known.rejected_mean
+    valid, chosen, rejected = known.valid, known.chosen_mean, known.rejected_mean
     return OrpoOutput(
         loss=losses.loss,
         nll_loss=nll,
@@ -236,7 +236,7 @@ def orpo_loss(
 
 def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tuple[Losses, PairLogps]:
     """The loss, and what is known of the pairs."""
-    hidden, head = _ready(hidden, head)
+    hidden, head = ready(hidden, head)
     if torch.compiler.is_compiling():
         losses = Losses(*operators.preference(hidden, head, batch, settings))
     else:
@@ -246,10 +246,6 @@ def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tup
     chosen_sum, rejected_sum, chosen_length, rejected_length = losses.values[:4].unbind()
     given = batch.of_pairs(losses.values.dtype)
     return losses, PairLogps(chosen_sum, rejected_sum, chosen_length, rejected_length, *given)
-
-
-def _valid(pairs: PairLogps) -> Tensor:
-    return (pairs.chosen_length > 0) & (pairs.rejected_length > 0)
 
 
 def _log_ratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -292,7 +288,7 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
         """``Head``, ``Batch`` or ``Settings``: their fields are the keywords."""
         return kind(**{field: named[field] for field in kind._fields if field in named})
 
-    hidden, head = _ready(named["hidden"], values(Head))
+    hidden, head = ready(named["hidden"], values(Head))
     return prepare(hidden, head, values(Batch), values(Settings)).plan
 
 
@@ -327,7 +323,7 @@ def linear_logprobs(
     Precision: as ``preference_loss``. Three products of the head's size where the exponentials of all labels fit the
     workspace, in which they wait for backward; four where they do not, two with the head frozen, one without gradients.
     """
-    hidden, head = _ready(hidden, Head(weight, bias, logit_scale, softcap))
+    hidden, head = ready(hidden, Head(weight, bias, logit_scale, softcap))
     batch, settings = Batch(labels), Settings(None, None, "token", ignore_index, backend, workspace_bytes)
     if torch.compiler.is_compiling():
         return operators.logprobs(hidden, head, batch, settings)
@@ -346,9 +342,7 @@ class OrpoLoss(nn.Module):
         >>> loss(hidden, model.lm_head.weight, labels).loss.backward()
     """
 
-    NAMES = (
-        "beta", "nll_weight", "nll_reduction", "logit_scale", "softcap", "ignore_index", "backend", "workspace_bytes",
-    )  # fmt: skip
+    NAMES = ("beta", *Head._fields[2:], *Settings._fields[1:])
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -382,19 +376,3 @@ class OrpoLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, nll_weight={self.nll_weight}, nll_reduction={self.nll_reduction!r}"
-
-
-def _ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Numbers checked, and tensors cast as autocast would for ``F.linear``; float64 is left alone, as it leaves it."""
-    if not torch.compiler.is_compiling():
-        head = checked_head(head)
-    device = hidden.device.type if isinstance(hidden, Tensor) and not hidden.is_meta else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: Any) -> Any:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(hidden), head._replace(weight=cast(head.weight), bias=cast(head.bias))

@@ -51,6 +51,11 @@ class PairLogps(NamedTuple):
     def rejected_mean(self) -> Tensor:
         return self.rejected_sum / self.rejected_length.clamp(min=1)
 
+    @property
+    def valid(self) -> Tensor:
+        """Whether both answers have a token."""
+        return (self.chosen_length > 0) & (self.rejected_length > 0)
+
     def reference(self) -> tuple[Tensor, Tensor]:
         """The reference model's sums, chosen and rejected.
 
@@ -269,7 +274,7 @@ def _as_terms(found: Any, valid: Tensor, sums: list[Tensor], differentiate: bool
     if not isinstance(found, Tensor):
         raise TypeError(f"objective must return a tensor of losses or PairTerms, got {type(found).__name__}")
     if not differentiate or found.shape != valid.shape or not found.is_floating_point():
-        return PairTerms(found, torch.zeros_like(valid, dtype=sums[0].dtype), torch.zeros_like(sums[0]))
+        return PairTerms(found, torch.zeros_like(sums[0]), torch.zeros_like(sums[1]))
     total = torch.where(valid, found, 0).sum()
     reached = _leaves(total)
     if not any(leaf is value for leaf in reached for value in sums):
@@ -282,8 +287,7 @@ def _as_terms(found: Any, valid: Tensor, sums: list[Tensor], differentiate: bool
             "the objective's losses depend on a tensor that asks for a gradient of its own, which it would not get: "
             "pass a number, or form such a loss from linear_logprobs"
         )
-    grads = torch.autograd.grad(total, sums, allow_unused=True)
-    d_chosen, d_rejected = (torch.zeros_like(found) if grad is None else grad for grad in grads)
+    d_chosen, d_rejected = torch.autograd.grad(total, sums, materialize_grads=True)
     return PairTerms(found, d_chosen, d_rejected)
 
 

@@ -99,10 +99,8 @@ def choose(
         budget = limit - sums if store else streaming
         largest = max(group.last - group.first for group in groups)
         cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
-        return Plan(
-            name, passes, groups, sizes.count, sizes.positions, cost.stored, sums, cost.scratch, cost.budget, reason,
-            backend.name,
-        )  # fmt: skip
+        held = (cost.stored, sums, cost.scratch, cost.budget)
+        return Plan(name, passes, groups, sizes.count, sizes.positions, *held, reason, backend.name)
 
     def fits(n: int, budget: int) -> bool:
         return need(n, budget) <= budget

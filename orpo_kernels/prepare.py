@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from orpo_kernels import checks
-from orpo_kernels.backends import Backend, GivenPairs, acc_dtype, select
+from orpo_kernels.backends import GivenPairs, acc_dtype, select
 from orpo_kernels.engine import Call
-from orpo_kernels.objectives import check_objective
 from orpo_kernels.plan import Plan, choose
-from orpo_kernels.settings import Batch, Head, Needs, Settings, checked
-from orpo_kernels.targets import Sizes, Targets, label_sizes, label_targets, pair_sizes
+from orpo_kernels.settings import Batch, Head, Needs, Settings, checked, checked_head
+from orpo_kernels.targets import Targets, label_sizes, label_targets, pair_sizes
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A plan, and how to get at the targets that it is for."""
+class Prepared(NamedTuple):
+    """A plan, and what the engine runs, for which the targets are compacted."""
 
     plan: Plan
-    needs: Needs
-    backend: Backend
-    given: GivenPairs | None
-    targets: Callable[[], Targets]
+    call: Callable[[], Call]
 
-    def call(self) -> Call:
-        """What the engine runs."""
-        return Call(self.targets(), self.given, self.needs, self.plan, self.backend)
+
+def ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Numbers checked, and tensors cast as autocast would for ``F.linear``; float64 is left alone, as it leaves it."""
+    if not torch.compiler.is_compiling():
+        head = checked_head(head)
+    device = hidden.device.type if isinstance(hidden, Tensor) and not hidden.is_meta else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return hidden, head
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(hidden), head._replace(weight=cast(head.weight), bias=cast(head.bias))
 
 
 def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Needs | None = None) -> Prepared:
     """Everything before the first product; ``needs`` is what the tensors ask for, unless told.
 
-    Inside an operator they no longer say.
+    Inside an operator they no longer say. The objective is one that ``objectives.check_objective`` let pass.
 
     Raises:
         TypeError, ValueError: an input that cannot be right.
@@ -47,13 +56,21 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
     checks.check_labels("labels", batch.labels, hidden, expected=hidden.shape[:-1])
     labels = batch.labels.long().reshape(-1).contiguous()
     needs = needs or Needs.of(hidden, head)
+    backend = select(settings.backend, hidden.device, hidden.dtype)
+    plan_of = partial(
+        choose,
+        needs,
+        vocab=head.vocab,
+        features=head.features,
+        dtype=hidden.dtype,
+        workspace_bytes=settings.workspace_bytes,
+        backend=backend,
+    )
     if objective is None:
-        backend = select(settings.backend, hidden.device, hidden.dtype)
         sizes = label_sizes(labels, head.vocab, ignore)
-        plan = _plan(hidden, head, settings, needs, sizes, backend, splits=False)
-        return Prepared(plan, needs, backend, None, lambda: label_targets(labels, sizes, ignore))
+        plan = plan_of(sizes, splits=False)
+        return Prepared(plan, lambda: Call(label_targets(labels, sizes, ignore), None, needs, plan, backend))
 
-    check_objective(objective)
     if batch.cu_seqlens is None:
         offsets = checks.padded_offsets(hidden)
     else:
@@ -67,10 +84,8 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         "reference_logps", batch.reference_logps, hidden, 2 * pairs, "a sum for each sequence, chosen first"
     )
     checks.check_pair_numbers("margins", batch.margins, hidden, pairs, "one for each pair")
-    backend = select(settings.backend, hidden.device, hidden.dtype)
     sizes, table = pair_sizes(labels, nll_labels, offsets, head.vocab, ignore, backend.count)
-    splits = not getattr(objective, "couples_pairs", False)
-    plan = _plan(hidden, head, settings, needs, sizes, backend, splits=splits)
+    plan = plan_of(sizes, splits=not getattr(objective, "couples_pairs", False))
     given = GivenPairs(
         objective,
         settings.weight_of_nll,
@@ -79,23 +94,9 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         batch.of_pairs(acc_dtype(hidden.dtype)),
     )
 
-    def targets() -> Targets:
+    def call() -> Call:
         columns = backend.compact(labels, nll_labels, offsets, table, sizes.count, ignore)
-        return Targets(columns.rows, columns.ids, sizes, columns.kind, columns.offsets, table)
+        targets = Targets(columns.rows, columns.ids, sizes, columns.kind, columns.offsets, table)
+        return Call(targets, given, needs, plan, backend)
 
-    return Prepared(plan, needs, backend, given, targets)
-
-
-def _plan(
-    hidden: Tensor, head: Head, settings: Settings, needs: Needs, sizes: Sizes, backend: Backend, *, splits: bool
-) -> Plan:
-    return choose(
-        needs,
-        sizes,
-        vocab=head.vocab,
-        features=head.features,
-        dtype=hidden.dtype,
-        workspace_bytes=settings.workspace_bytes,
-        backend=backend,
-        splits=splits,
-    )
+    return Prepared(plan, call)

@@ -108,8 +108,7 @@ def preference_loss(
 
     in_answer = labels != ignore_index
     sums = _pick(z, labels, ignore_index).sum(-1)
-    counts = in_answer.sum(-1)
-    lengths = counts.to(sums.dtype)
+    lengths = in_answer.sum(-1).to(sums.dtype)
     given = Batch(labels, reference_logps=reference_logps, margins=margins).of_pairs(sums.dtype)
     known = PairLogps(sums[:pairs], sums[pairs:], lengths[:pairs], lengths[pairs:], *given)
 
@@ -121,7 +120,7 @@ def preference_loss(
     else:
         nll = -(nll_logps.sum(-1) / nll_counts.clamp(min=1)).sum() / (nll_counts > 0).sum().clamp(min=1)
 
-    valid = (counts[:pairs] > 0) & (counts[pairs:] > 0)
+    valid = known.valid
     if getattr(objective, "couples_pairs", False):  # it sees the pairs that count alone
         known_to_it = PairLogps(*(None if value is None else value[valid] for value in known))  # type: ignore[arg-type]
         mean = objective(known_to_it).sum() / valid.sum().clamp(min=1)

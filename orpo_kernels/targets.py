@@ -18,13 +18,16 @@ ANSWER, NLL = 1, 2  # bits of a target's kind
 
 
 class Counts(NamedTuple):
-    """Columns of the table ``[2P, 8]`` int64 that says how many of what each sequence holds."""
+    """Columns of the table ``[2P, 8]`` int64 that says how many of what each sequence holds.
+
+    A range of labels always includes 0, which is a token of every vocabulary; over all rows it is that of the batch.
+    """
 
     answers: int
     nlls: int
     first: int  # positions that are a target
     separate: int  # of these, how many are two: the NLL names another token than the answer
-    low: int  # smallest and largest label that counts, and 0
+    low: int  # smallest and largest label that counts
     high: int
     nll_low: int
     nll_high: int
@@ -115,16 +118,13 @@ class Pairs(NamedTuple):
         )
 
 
-Count = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-
-
 def pair_sizes(
     labels: Tensor,  # [positions], flattened
     nll_labels: Tensor,  # [positions], flattened; the chosen half counts
     offsets: Tensor,  # [2P + 1] int64, where each sequence begins; chosen 0..P-1, then rejected
     vocab: int,
     ignore_index: int,
-    count: Count,
+    count: Callable[[Tensor, Tensor, Tensor, int], Tensor],
 ) -> tuple[Sizes, Tensor]:
     """``Sizes``, and the table of ``count``, by the one device-to-host copy of a call, which checks the labels too.
 
@@ -153,17 +153,13 @@ def pair_sizes(
 
 def count(labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
     """``Counts`` of each sequence, ``[2P, 8]``. The label ranges are those of the batch in every row."""
-    nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
-    in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
+    nll_labels, in_answer, in_nll, separate = _marked(labels, nll_labels, offsets, ignore_index)
 
     def per_sequence(mask: Tensor) -> Tensor:
         running = F.pad(mask.cumsum(0), (1, 0))
         return running[offsets[1:]] - running[offsets[:-1]]
 
-    counts = [
-        per_sequence(mask)
-        for mask in (in_answer, in_nll, in_answer | in_nll, in_answer & in_nll & (labels != nll_labels))
-    ]
+    counts = [per_sequence(mask) for mask in (in_answer, in_nll, in_answer | in_nll, separate)]
     ranges = [*_label_range(labels, in_answer), *_label_range(nll_labels, in_nll)]
     return torch.stack([*counts, *(value.expand_as(counts[0]) for value in ranges)], 1)
 
@@ -172,10 +168,8 @@ def compact(
     labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, size: int, ignore_index: int
 ) -> Columns:
     """The ``size`` targets pair by pair; a position's second target follows its sequence's others."""
-    nll_labels = _chosen_half(nll_labels, offsets, ignore_index)
+    nll_labels, in_answer, in_nll, separate = _marked(labels, nll_labels, offsets, ignore_index)
     pairs = (offsets.numel() - 1) // 2
-    in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
-    separate = in_nll & in_answer & (labels != nll_labels)
 
     # Every position once for its first target and once for its second; a stable sort by owner brings them in order.
     wanted = torch.cat([in_answer | in_nll, separate])
@@ -197,9 +191,14 @@ def compact(
     )
 
 
-def _chosen_half(nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+def _marked(
+    labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The NLL's labels, which are the chosen half's alone; where there is an answer, an NLL, and two targets."""
     positions = torch.arange(nll_labels.numel(), device=nll_labels.device)
-    return torch.where(positions < offsets[offsets.numel() // 2], nll_labels, ignore_index)
+    nll_labels = torch.where(positions < offsets[offsets.numel() // 2], nll_labels, ignore_index)
+    in_answer, in_nll = labels != ignore_index, nll_labels != ignore_index
+    return nll_labels, in_answer, in_nll, in_answer & in_nll & (labels != nll_labels)
 
 
 def label_sizes(labels: Tensor, vocab: int, ignore_index: int) -> Sizes:
@@ -223,11 +222,7 @@ def label_targets(labels: Tensor, sizes: Sizes, ignore_index: int) -> Targets:
 
 
 def _refuse_capture(labels: Tensor) -> None:
-    """How many targets there are is read on the host, which a graph under capture cannot do.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured on the current stream.
-    """
+    """How many targets there are is read on the host, which a graph under capture cannot do."""
     if labels.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the loss cannot be captured in a CUDA graph: its shapes follow from how many labels count, which the host "
@@ -236,12 +231,9 @@ def _refuse_capture(labels: Tensor) -> None:
 
 
 def _label_range(labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest kept label, on the device; 0 and 0 where none is kept."""
-    if labels.numel() == 0:
-        zero = torch.zeros((), dtype=torch.int64, device=labels.device)
-        return zero, zero
-    bounded = torch.where(kept, labels, 0)
-    return bounded.min().long(), bounded.max().long()
+    """Smallest and largest of the kept labels and 0, on the device."""
+    low, high = F.pad(torch.where(kept, labels, 0), (0, 1)).aminmax()
+    return low, high
 
 
 def _check_labels(name: str, low: int, high: int, vocab: int, ignore_index: int) -> None:

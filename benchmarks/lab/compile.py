@@ -9,11 +9,13 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -21,7 +23,6 @@ from tqdm import tqdm
 
 from benchmarks.report.tables import text
 from orpo_kernels import linear_logprobs, orpo_loss, targets
-from orpo_kernels.backends import kernels
 from orpo_kernels.backends.kernels.configs import config
 from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.targets import Columns
@@ -83,15 +84,27 @@ class Recorder(TritonBackend):
         return targets.compact(*arguments)
 
 
+@contextmanager
+def recording(take: Callable[[Any, Sequence[Any], dict[str, Any]], None]) -> Iterator[None]:
+    """Within, a kernel that would be started goes to ``take`` instead, with its arguments and constants."""
+    from triton.runtime.jit import KernelInterface
+
+    def start(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **meta: take(kernel, args, meta)
+
+    with mock.patch.object(KernelInterface, "__getitem__", start):
+        yield
+
+
 def launches(arch: str) -> list[Launch]:
     """Every distinct launch of calls that between them take every branch that leads to another binary."""
     found: dict[Launch, None] = {}
 
-    def record(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], meta: dict[str, Any]) -> None:
+    def record(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> None:
         found[_launch(kernel, args, meta)] = None
 
     shipped = Recorder(arch=arch)
-    with kernels.common.recording(record):
+    with recording(record):
         for dtype in FLOATS:
             _call(shipped, "HW", dtype)
         _call(shipped, "H")

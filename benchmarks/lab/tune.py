@@ -23,6 +23,7 @@ from benchmarks.problems.cases import CASES, STATES, Case
 from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
 from benchmarks.report.tables import frame, text
 from orpo_kernels import reference
+from orpo_kernels.backends.kernels import Chunk, Out
 from orpo_kernels.backends.kernels.configs import PASS, Config, Tile, arch_of, config
 from orpo_kernels.backends.triton_backend import TritonBackend, _new_exp_logits
 from orpo_kernels.settings import Head
@@ -205,16 +206,17 @@ def measure(row: Row, candidate: Candidate, work: Work) -> Row:
     """The backend's own pass over the whole vocabulary with this candidate, checked, then timed against the plain
     product in turn."""
     backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
-    hidden, head, shift = work.hidden, work.head, work.shift
+    hidden, head = work.hidden, work.head
     if backend._choose(hidden, head) != candidate[:2]:
         raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")
     n, tiles = hidden.shape[0], -(-head.vocab // candidate.tile.block_v)
     exps = _new_exp_logits(n, head.vocab, hidden).fill_(math.nan)  # an entry that nobody writes shall fail the check
-    sums = shift.new_full((tiles, n), math.nan)
+    sums = work.shift.new_full((tiles, n), math.nan)
+    chunk, out = Chunk(hidden, work.targets, head, work.shift), Out(exps, sums)
     everything = slice(0, head.vocab)
 
     def step() -> None:
-        backend._exp_logits(hidden, work.targets, head, shift, everything, exps, sums, None)
+        backend._exp_logits(chunk, everything, out)
 
     step()
     # Against float32, row by row; a NaN is no error allowed.

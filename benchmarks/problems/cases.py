@@ -7,7 +7,8 @@ from typing import NamedTuple
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS = ("trainable", "frozen")
 PHASES = ("forward", "full")
-TASKS = ("loss", "logprobs")  # the ORPO loss, or log-probabilities under a random upstream gradient
+LOGITS_TASKS = ("sft", "dpo", "grpo", "kto", "factory-orpo")  # losses that read logits, see chains.py
+TASKS = ("loss", "logprobs", *LOGITS_TASKS)  # the ORPO loss, log-probabilities under a random upstream gradient
 
 BETA = 0.1
 IGNORE = -100

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks.harness.measure import UnsupportedError
 from benchmarks.problems.cases import BETA, IGNORE
+from benchmarks.problems.chains import CHAINS
 from benchmarks.problems.floor import ROWS
 from benchmarks.problems.inputs import Problem
 from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
+from orpo_kernels.integrations import fuse
 
 Step = Callable[[], Tensor]  # one forward
 Build = Callable[[Problem], Step]
@@ -35,9 +37,15 @@ class Provider:
     package: str  # whose version is recorded
     logprobs: Build | None
     loss: Build | None = None
+    logits: Build | None = None  # what a model returns, for losses that read it
 
     def build(self, problem: Problem, task: str) -> Step:
         """A step whose result is the task's scalar; UnsupportedError where it cannot compute this problem here."""
+        if task in CHAINS:
+            if self.logits is None:
+                raise UnsupportedError(f"{self.name} gives no logits for a loss to read")
+            logits, chain = self.logits(problem), CHAINS[task]
+            return lambda: chain(logits(), problem)
         if task == "loss" and self.loss is not None:
             return self.loss(problem)
         if self.logprobs is None:
@@ -70,6 +78,32 @@ def compose(logps: Tensor, problem: Problem) -> Tensor:
     chosen, rejected = means.chunk(2)
     log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
     return nll - BETA * F.logsigmoid(log_odds).mean()
+
+
+def _stock(problem: Problem) -> Step:
+    """A model's last lines: the head, and a softcap where it has one."""
+    cap = problem.softcap
+
+    def logits() -> Tensor:
+        out = F.linear(problem.hidden, problem.weight)
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+    return logits
+
+
+def _lazy(problem: Problem) -> Step:
+    """The same lines around a fused head."""
+    head = nn.Linear(problem.weight.shape[1], problem.weight.shape[0], bias=False, device="meta")
+    del head.weight
+    head.weight = problem.weight  # a leaf as it is, so that its gradient is found where the others' are
+    model = fuse(nn.ModuleList([head]), head=head)
+    cap = problem.softcap
+
+    def logits() -> Tensor:
+        out: Tensor = model[0](problem.hidden)
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+    return logits
 
 
 def _naive(problem: Problem) -> Step:
@@ -182,7 +216,7 @@ def _import(module: str) -> ModuleType:
         raise UnsupportedError(f"{missing.name} is not installed") from missing
 
 
-NAIVE = Provider("naive", "torch", _naive)
+NAIVE = Provider("naive", "torch", _naive, logits=_stock)
 BACKENDS = {"cpu": "torch", "cuda": "triton"}  # what "auto" takes there
 
 PROVIDERS: dict[str, Provider] = {
@@ -198,6 +232,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("trl_fused", "trl", _trl_fused),
         Provider("torch_lce", "torch", _torch_lce),
         _ours("ours", "auto"),
+        Provider("lazy", "orpo_kernels", None, logits=_lazy),
         _ours("ours_recompute", "auto", lean=True),
         *(_ours(f"ours_{backend}", backend) for backend in ("triton", "torch")),
     )
@@ -208,6 +243,12 @@ NAMES: tuple[str, ...] = (FLOOR, *PROVIDERS)
 LOGPROBS = (FLOOR, "naive", "trl_fused", "cce", "torch_lce", "ours")  # one of each kind
 
 
+LOGITS = (FLOOR, "naive", "lazy")
+
+
 def default_names(device: str, task: str = "loss") -> tuple[str, ...]:
     """Of the loss all but the backend that "auto" takes on such a device anyway, which would be measured twice."""
-    return LOGPROBS if task == "logprobs" else tuple(name for name in NAMES if name != f"ours_{BACKENDS[device]}")
+    if task in CHAINS:
+        return LOGITS
+    left_out = (f"ours_{BACKENDS[device]}", "lazy")
+    return LOGPROBS if task == "logprobs" else tuple(name for name in NAMES if name not in left_out)

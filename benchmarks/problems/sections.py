@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from benchmarks.harness.record import Row
-from benchmarks.problems.cases import HEADS, LENGTHS, LENGTHS_CPU
-from benchmarks.problems.providers import FLOOR, default_names
+from benchmarks.problems.cases import HEADS, LENGTHS, LENGTHS_CPU, LOGITS_TASKS
+from benchmarks.problems.providers import FLOOR, LOGITS, default_names
 
 # A process each and a compilation each: their place among the others is in the sections of all providers, and four
 # lengths more would only repeat it. On a GPU compiling for every shape takes longer than all else, so they come last.
@@ -59,6 +59,9 @@ def sections(device: str) -> dict[str, list[Row]]:
             "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
             "lengths": rows(["llama3-8b"], lengths, TRAINABLE, BF16, _without_compiled(everyone)),
             "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
+            "lazy": [
+                row for task in LOGITS_TASKS for row in rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, LOGITS, task=task)
+            ],
         }
     lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]
     return {
@@ -70,6 +73,7 @@ def sections(device: str) -> dict[str, list[Row]]:
         "softcap": rows(["gemma-cpu"], QUARTER, TRAINABLE, BOTH, everyone),
         "lengths": rows(SMALL, lengths, TRAINABLE, BF16, _without_compiled(everyone)),
         "logprobs": rows(LARGE, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
+        "lazy": [row for task in LOGITS_TASKS for row in rows(LARGE, QUARTER, HEADS, BOTH, LOGITS, task=task)],
     }
 
 

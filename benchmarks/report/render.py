@@ -18,6 +18,7 @@ from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, Row
 from benchmarks.lab.compile import problem
+from benchmarks.problems.cases import LOGITS_TASKS
 from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
@@ -39,18 +40,24 @@ README = {
 HEADLINE = {**README, "RSS MiB": ("peak_rss_mib", ".0f"), "gradient error": ("err_weight", ".1e")}
 HEADLINE[""] = HEADLINE.pop("")  # notes stand last
 OTHER_CONTENTS = ("accuracy", "checks")
-TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "beaten", "accuracy", "checks")
+APART = {"logprobs": ("logprobs",), "lazy": LOGITS_TASKS}  # tables of tasks that are no race of the loss
+TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "lazy", "beaten", "accuracy", "checks")
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
     """The record that speaks for each class of machine, "cpu" and "gpu", and why newer ones do not: one of a few
-    sections alone (``record --only``) says nothing about the others, so it must not empty their tables."""
+    sections alone (``record --only``) says nothing about the others, so it must not empty their tables. Tables of
+    ``APART`` have the newest record with rows of theirs, as "cpu-lazy"."""
     chosen: dict[str, tuple[Path, Record]] = {}
     refused = []
     found = [(path, Record.load(path)) for path in RESULTS.glob("*.json")]
     for path, record in sorted(found, key=lambda entry: (entry[1].date, entry[0].name)):
         machine_class = "cpu" if path.name.startswith("cpu-") else "gpu"
+        for table, tasks in APART.items():
+            if any(row.task in tasks for row in record.rows):
+                chosen[f"{machine_class}-{table}"] = path, record
         asked = {row.key for rows in sections("cpu" if machine_class == "cpu" else "cuda").values() for row in rows}
+        asked = {key for key in asked if "loss" in key}
         older, known = chosen.get(machine_class, (path, record)), _contents(record)
         if lost := (_contents(older[1]) & {*asked, *OTHER_CONTENTS}) - known:
             refused.append(f"{path.name} lacks {len(lost)} of the measurements in {older[0].name}, which stays shown")
@@ -74,6 +81,8 @@ def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, 
             if write:
                 path.write_text(text)
     for machine_class, (source, found) in records.items():
+        if machine_class not in HEADLINES:
+            continue
         picture = pictures / f"{machine_class}.png"
         digest = f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
         if found.rows and _source_in(picture) != digest:
@@ -93,7 +102,7 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
         machine_class, _, name = full.partition("-")
         if name not in TABLES:
             raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
-        _, found = records.get(machine_class, (None, Record()))
+        _, found = records.get(full) or records.get(machine_class) or (None, Record())
         versions = ", ".join(sorted({row.torch for row in found.rows}))
         where = f"Recorded on {found.date} on {found.machine}, torch {versions}, commit {found.commit}.\n\n"
         shown = shown_as(name, machine_class, found)
@@ -111,9 +120,8 @@ def shown_as(name: str, machine_class: str, found: Record) -> str:
             ours = members[members.provider == "ours"].median_ms
             members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
             table = tables.cells(members, README if name == "readme" else HEADLINE)
-        case "race" | "logprobs":  # every row of the record
-            task = "loss" if name == "race" else name
-            members = tables.frame(row for row in found.rows if row.task == task)
+        case "race" | "logprobs" | "lazy":  # every row of the record
+            members = tables.frame(row for row in found.rows if row.task in APART.get(name, ("loss",)))
             parts = [
                 (title, tables.markdown(tables.cells(part, tables.RACE))) for title, part in tables.groups(members)
             ]

@@ -67,7 +67,7 @@ def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def title(row: Any) -> str:
-    task = "log-probabilities, " if row["task"] == "logprobs" else ""
+    task = {"loss": "", "logprobs": "log-probabilities, "}.get(row["task"], f"{row['task']}, ")
     case, batch, states, head, dtype, phase, *_ = (row[name] for name in GROUP)
     return f"{task}{case}, {batch}, {dtype}, head {head}, {phase}, {states} states"
 

@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_kernels.integrations.lazy.registry import (
-    HANDLERS,
-    copied,
-    follow,
-    fresh,
-    handles,
-    in_place,
-    is_vocab,
-    made,
-    sharing,
-)
-from orpo_kernels.integrations.lazy.stand_in import Edit, LazyLogits, View
+from orpo_kernels.integrations.lazy.memory import scale, sharing
+from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, fresh, handles, in_place, is_vocab, made
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits, View
 
 
 def _scaled(x: LazyLogits, factor: Any) -> View | None:
@@ -71,7 +62,7 @@ def _product(a: LazyLogits, b: LazyLogits) -> Any:
     p, other = a.view_of, b.view_of
     if p.kind != "probs" or kind is None or p.vocab_dim != -1 or other.vocab_dim != -1 or not p.same_rows(other):
         return NotImplemented
-    if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
+    if (torch.is_grad_enabled() and a.requires_grad != b.requires_grad) or a.dtype != b.dtype:
         return NotImplemented
     return made(a, fresh(p.after("mul", kind=kind, factor=p.factor * other.factor)))
 
@@ -82,8 +73,13 @@ def _div(a: Any, b: Any, *, rounding_mode: Any = None) -> Any:
         return NotImplemented
     if isinstance(b, int | float) and b == 0:
         return NotImplemented
-    view = _scaled(a, 1 / b)
+    view = _scaled(a, _inverse(a, b))
     return NotImplemented if view is None else made(a, fresh(view))
+
+
+def _inverse(x: LazyLogits, by: Any) -> Any:
+    """What a division multiplies by, no less exact than the logits."""
+    return 1 / (by.to(x.view_of.root.acc) if isinstance(by, Tensor) else by)
 
 
 @handles("mul_", "__imul__", "multiply_")
@@ -95,19 +91,14 @@ def _mul_(x: Any, factor: Any) -> Any:
 def _div_(x: Any, by: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None or isinstance(by, LazyLogits) or (isinstance(by, int | float) and by == 0):
         return NotImplemented
-    return _scale_in_place(x, 1 / by)
+    return _scale_in_place(x, _inverse(x, by)) if isinstance(x, LazyLogits) else NotImplemented
 
 
 def _scale_in_place(x: Any, factor: Any) -> Any:
     view = _scaled(x, factor) if isinstance(x, LazyLogits) else None
     if view is None or (x.requires_grad and not torch.is_grad_enabled()):
         return NotImplemented
-    rows = x.view_of.rows
-    each = factor.squeeze(-1).expand(rows.shape) if isinstance(factor, Tensor) and factor.numel() > 1 else float(factor)
-    edit = Edit(rows, each, view.mapping.vocab, view.graph if x.requires_grad else None)
-    for other in sharing(x):
-        follow(other, edit)
-    return in_place(x, view)
+    return scale(x, view, factor if isinstance(factor, Tensor) and factor.numel() > 1 else float(factor))
 
 
 @handles("neg", "__neg__", "negative")
@@ -136,9 +127,11 @@ def _add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     if not isinstance(bias, Tensor) or isinstance(bias, LazyLogits) or bias.requires_grad or alpha != 1:
         return NotImplemented
     whole = bias.shape[-1:] == (view.mapping.vocab,) and bias.numel() == view.mapping.vocab and bias.dim() <= x.dim()
-    if not whole or view.kind != "logits" or view.vocab_dim != -1 or _widened(x, bias):
+    if not whole or view.kind != "logits" or view.vocab_dim != -1:
         return NotImplemented
-    mapping = view.mapping.plus(bias.detach().reshape(-1))
+    if _widened(x, bias):  # bfloat16 logits of autocast, and a buffer in float32
+        return x.to(torch.result_type(torch.empty(0, dtype=x.dtype), bias)) + bias
+    mapping = view.mapping.plus(bias.detach().reshape(-1).to(view.root.acc))
     return NotImplemented if mapping is None else copied(x, "add", mapping=mapping)
 
 
@@ -153,7 +146,7 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     if not view.same_rows(replace(view, rows=rows, mapping=mapping)):
         return NotImplemented
-    if a.requires_grad != b.requires_grad or a.dtype != b.dtype:
+    if (torch.is_grad_enabled() and a.requires_grad != b.requires_grad) or a.dtype != b.dtype:
         return NotImplemented
     return copied(a, "sub", kind="log_probs")
 
@@ -163,7 +156,8 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
     """Not below the lowest number there is: nothing."""
     if not isinstance(x, LazyLogits) or max is not None or not isinstance(min, float):
         return NotImplemented
-    return x if min <= torch.finfo(x.dtype).min and x.view_of.mapping.bias is None else NotImplemented
+    below = min <= torch.finfo(x.dtype).min and x.view_of.mapping.bias is None
+    return copied(x, "clamp") if below else NotImplemented
 
 
 def _self_compared(a: Any, b: Any) -> Any:

@@ -157,6 +157,15 @@ class Term:
             tuple(replace(each, grad=each.grad * factor) for each in self.dense),
         )
 
+    def trimmed(self) -> Term:
+        """Without vectors of zeros: ``logits.sum() * 0`` asks for a gradient and no product."""
+
+        def kept(vector: Tensor | None) -> Tensor | None:
+            return vector if vector is not None and vector.any() else None
+
+        softmax, weighted, constant = kept(self.softmax), kept(self.weighted), kept(self.constant)
+        return replace(self, softmax=softmax, weighted=weighted, constant=constant)
+
     def touched(self, n: int) -> Tensor:
         """``[n]`` bool: the root's rows that have a gradient."""
         vectors = [v != 0 for v in (self.softmax, self.weighted, self.constant) if v is not None]

@@ -8,6 +8,7 @@ The head module's ``forward`` is replaced, nothing else: its own hooks run, and 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
-from orpo_kernels.integrations.hf_head import forward_of, set_forward
+from orpo_kernels.integrations.hf_head import replace_forward
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
 from orpo_kernels.integrations.lazy.stand_in import lazy_logits
@@ -36,8 +37,10 @@ class _LazyForward:
 
     ours = True  # as other code of this package asks a forward that was replaced
 
+    own: Callable[[Tensor], Tensor]  # what it stands in for
+
     def __init__(self, head: nn.Linear, site: Site) -> None:
-        self.head, self.site, self.own = head, site, forward_of(head)
+        self.head, self.site = head, site
 
     @torch._dynamo.disable
     def __call__(self, input: Tensor) -> Tensor:
@@ -59,6 +62,13 @@ class _LazyForward:
         root = Root(self.site, inputs, needs, sequences=input.shape[:-2].numel(), trainable=trainable)
         self.site.report.calls += 1
         return lazy_logits(root, input, weight, bias, input.dtype)
+
+    def replica(self) -> nn.Module:
+        """For ``nn.DataParallel``, which gathers the logits of all devices: the head with its stock forward."""
+        copy = nn.Module._replicate_for_data_parallel(self.head)
+        for name in ("forward", "_replicate_for_data_parallel"):
+            del vars(copy)[name]
+        return copy
 
     def _gains(self, input: Tensor) -> bool:
         """Whether logits are of a length and in a mode in which a loss may be made of them."""
@@ -112,11 +122,13 @@ def fuse(
     report.refusal, report.fused = None, True
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(expire))
+    ours = {id(module): forward for forward, module in _lazy_heads(model)}
     for module in found:
-        forward = forward_of(module)
-        if not isinstance(forward, _LazyForward):  # also the head that took an earlier one's place
+        forward = ours.get(id(module))
+        if forward is None:  # also the head that took an earlier one's place
             forward = _LazyForward(module, Site(module, *settings))
-            set_forward(module, forward)  # beneath the detour of a patched trainer, whose call may be the model's first
+            forward.own = replace_forward(module, forward)
+            module._replicate_for_data_parallel = forward.replica  # type: ignore[method-assign]
         forward.site.report = report
         forward.site.backend, forward.site.workspace_bytes = settings
     return model
@@ -124,11 +136,16 @@ def fuse(
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give the model's head its own forward back. Logits that are there already stay lazy."""
-    for forward in _forwards(model):
-        del forward.head.forward
-        forward.site.report.fused = False
-    if model in _reports:
-        _reports[model].fused = False
+    report = fusion_report(model)
+    for forward, module in _lazy_heads(model):
+        vars(module).pop("_replicate_for_data_parallel", None)
+        if vars(module).get("_old_forward") is forward:
+            module._old_forward = forward.own  # type: ignore[assignment]
+        elif vars(module).get("forward") is forward:
+            del module.forward
+            if module.forward != forward.own:  # one that somebody had put there
+                module.forward = forward.own  # type: ignore[method-assign,assignment]
+    report.fused = False
     return model
 
 
@@ -137,17 +154,31 @@ def fusion_report(model: nn.Module) -> Report:
 
     A copy of a fused model has a report of its own; models that share a head share its report.
     """
-    if model not in _reports:
-        there = _forwards(model)
-        _reports[model] = there[0].site.report if there else Report()
-        _met.append((type(model).__name__, _reports[model]))
-    return _reports[model]
+    heads = _lazy_heads(model)
+    if heads:
+        _reports[model] = heads[0][0].site.report
+    elif model not in _reports:
+        _reports[model] = Report()
+    report = _reports[model]
+    for forward, _ in heads:
+        if forward.site.report is not report:
+            report.take(forward.site.report)
+            forward.site.report = report
+    report.fused = bool(heads)
+    if all(report is not met for _, met in _met):
+        _met.append((type(model).__name__, report))
+    return report
 
 
-def _forwards(model: nn.Module) -> list[_LazyForward]:
-    """What stands for the forward of heads in the model, whoever put it there."""
-    found = [vars(module).get("forward") for module in model.modules()]
-    return [forward for forward in found if isinstance(forward, _LazyForward)]
+def _lazy_heads(model: nn.Module) -> list[tuple[_LazyForward, nn.Module]]:
+    """Heads that were fused, as they are in the model now: wrapped since, as peft does, copied or replaced."""
+    found: list[tuple[Any, nn.Module]] = []
+    for module in model.modules():
+        here = vars(module).get("forward")
+        # A patched trainer's detour and accelerate's hooks keep what they call.
+        places = here, getattr(here, "before", None), vars(module).get("_old_forward")
+        found += [(forward, module) for forward in places if isinstance(forward, _LazyForward)]
+    return found
 
 
 def patch_transformers(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:
@@ -217,6 +248,7 @@ def heads_of(model: nn.Module) -> list[nn.Linear] | str:
     for module in found:
         if type(module) is not nn.Linear:
             return f"its head is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
-        if "forward" in vars(module) and not getattr(module.forward, "ours", False):
+        here = vars(module).get("_old_forward", vars(module).get("forward"))
+        if here is not None and not getattr(here, "ours", False):
             return "its head's forward was replaced already"
     return found

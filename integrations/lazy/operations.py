@@ -5,16 +5,16 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.registry import HANDLERS, follows_past, handles, of_rows, sharing
-from orpo_kernels.integrations.lazy.stand_in import ChangedNode, DenseNode, LazyLogits, copy_of, keep
+from orpo_kernels.integrations.lazy.memory import change, settle, show, values
+from orpo_kernels.integrations.lazy.registry import HANDLERS, handles
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
 
 # Operations that only look at a tensor's metadata or its place on the graph.
 METADATA = frozenset(
@@ -25,6 +25,18 @@ METADATA = frozenset(
     detach_ grad __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
+# Operations that take a tensor's shape, dtype and device for a new one.
+LIKE = frozenset(
+    """
+    new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
+    """.split()  # noqa: SIM905 - as above
+)
+# Operations that would leave the stand-in with another shape, which a tensor without memory cannot take.
+RESHAPES = frozenset(
+    """
+    squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ resize_ resize_as_ set_
+    """.split()  # noqa: SIM905 - as above
+)
 
 
 @torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
@@ -34,39 +46,69 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in ("__get__", "__set__", "__delete__"):
         return _property(func, name, args, kwargs)
     if name in METADATA:
+        x = args[0] if args else None
+        if name in ("register_hook", "retain_grad") and isinstance(x, LazyLogits) and x.changed and x.own is not None:
+            return func(x.own, *args[1:], **kwargs)  # which is what is used of it from now on
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    lazies = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
+    if name in LIKE:
+        like = torch.utils._pytree.tree_map_only(
+            LazyLogits, lambda x: torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape), (args, kwargs)
+        )
+        return func(*like[0], **like[1])
+    lazies = _lazies((*args, *kwargs.values()))
     for x in lazies:
         with _outside_inference():
-            _settle(x)
-        if x.lost is not None:
-            raise RuntimeError(x.lost)
+            settle(x)
     if "input" in kwargs and not args:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     out = kwargs.pop("out", None)
     if isinstance(out, LazyLogits):
-        return _change(torch.Tensor.copy_, "out=", (out, call(func, args, kwargs)), {})
+        return change(torch.Tensor.copy_, "out=", out, (call(func, args, kwargs),), {})
     if out is not None:
         kwargs = {**kwargs, "out": out}
     if name in raised_by_autocast(lazies):
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, _in_float32, (args, kwargs))
-    if name in HANDLERS and not any(x.changed for x in lazies) and kwargs.get("out") is None:
+    if name in HANDLERS and not any(x.changed or x.shown for x in lazies) and kwargs.get("out") is None:
         with _outside_inference():
             result = HANDLERS[name](*args, **kwargs)
         if result is not NotImplemented:
             return result
+    if name in RESHAPES and args and isinstance(args[0], LazyLogits):
+        raise RuntimeError(
+            f"orpo_kernels: {name} would give lazy logits another shape in place, which they cannot take: use "
+            f"{name.removesuffix('_')}, which returns a tensor, or unfuse(model)"
+        )
     if _changes_first(func, name) and args and isinstance(args[0], LazyLogits):
         with _outside_inference():
-            return _change(func, name, args, kwargs)
+            return change(func, name, args[0], args[1:], kwargs)
+    if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        with torch._C.DisableTorchFunctionSubclass():  # collectives write into what they are given: see below Python
+            return func(*args, **kwargs)
     with _outside_inference():
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: values(x, name), (args, kwargs))
-    return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    for x in lazies:
+        show(x, result)
+    return result
+
+
+def _lazies(values: Iterable[Any]) -> list[LazyLogits]:
+    """The stand-ins among arguments, also in lists of them."""
+    found: list[LazyLogits] = []
+    for value in values:
+        if isinstance(value, LazyLogits):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _lazies(value)
+        elif isinstance(value, dict):
+            found += _lazies(value.values())
+    return found
 
 
 # Operations that autocast computes in float32. The lists are torch's own for each device type.
 RAISED = {"cpu": frozenset(["cross_entropy", "cross_entropy_loss", "nll_loss", "kl_div"])}
-RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "sum", "exp", "log"}
+RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "logsumexp", "sum", "exp", "log"}
 
 
 def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
@@ -89,25 +131,8 @@ def _outside_inference() -> Iterator[None]:
         yield
 
 
-def values(x: LazyLogits, operation: str) -> Tensor:
-    """The full logits, on the graph; kept while the stand-in lives, so that they are computed once.
-
-    Without gradient, logits of one position a sequence are what generation reads: no word about them.
-    """
-    leaf = x.is_leaf and x.requires_grad
-    follows = x.requires_grad and torch.is_grad_enabled() and not leaf and not x.changed
-    if x.own is None or (follows and not x.own.requires_grad):
-        view = x.view_of
-        if torch.is_grad_enabled() or view.rows.numel() > view.root.sequences:
-            view.root.site.report.materialise(" > ".join((*view.chain, operation)), view.bytes)
-        # A leaf's graph has the leaf in it: with a graph of their own its values would keep it alive for ever.
-        keep(x, x.view_of.dense() if leaf else DenseNode.apply(x))
-    assert x.own is not None
-    return DenseNode.apply(x, x.own) if leaf and torch.is_grad_enabled() else x.own
-
-
 def _changes_first(func: Any, name: str) -> bool:
-    if name in ("__setitem__", "set_", "resize_", "resize_as_"):
+    if name == "__setitem__":
         return True
     in_place = (
         name.startswith("__i")
@@ -117,70 +142,13 @@ def _changes_first(func: Any, name: str) -> bool:
     return in_place or (name.endswith("_") and not name.endswith("__"))
 
 
-def _change(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation in place that is no scale: on the values, which stand for this tensor from now on."""
-    x: LazyLogits = args[0]
-    with torch.set_grad_enabled(x.requires_grad or torch.is_grad_enabled()):
-        own = values(x, name)  # on the graph also where the change is made past it
-    rest = torch.utils._pytree.tree_map_only(
-        LazyLogits, lambda y: own if y is x else values(y, name), (args[1:], kwargs)
-    )
-    func(own, *rest[0], **rest[1])
-    _take(x, own)
-    _took_over(x, name)
-    return None if name == "__setitem__" else x
-
-
-def _take(x: LazyLogits, own: Tensor) -> None:
-    """Values that were changed are what x stands for, and where autograd followed the change its gradient is theirs."""
-    x.changed = True
-    if not x.is_leaf or not x.requires_grad:
-        x.own = own
-        if x.requires_grad and own.requires_grad and torch.is_grad_enabled():
-            ChangedNode.apply(x, own)
-
-
-def _took_over(x: LazyLogits, name: str) -> None:
-    """From now on the values that x has are what it stands for."""
-    x.changed = True
-    for other in sharing(x):
-        other.lost = (
-            f"orpo_kernels: {name} changed lazy logits in place, and this view of them, which was taken before, would "
-            "have to follow: take the view after the change, or unfuse(model)"
-        )
-
-
-def _settle(x: LazyLogits) -> None:
-    """Take over what was done in place through other tensors that share its memory."""
-    root = x.view_of.root
-    if root.in_memory:
-        for y in (x, *sharing(x)):
-            if y.own is not None and not y.changed and y.own._version != y.own_version:
-                _took_over(y, "an operation on a view of them")
-    if any(column._version != version for column, version in root.columns):
-        raise RuntimeError(
-            "orpo_kernels: single logits of a token, taken as logits[..., token], were changed in place, which lazy "
-            "logits cannot follow: write logits[..., token] = value, or unfuse(model)"
-        )
-    for edit in x.edits:
-        view = x.view_of
-        past, scale = follows_past(x, edit), of_rows(view, edit)
-        scale = scale.unsqueeze(-1).expand(*view.rows.shape, view.mapping.vocab)
-        scale = scale.where(torch.arange(view.mapping.vocab, device=scale.device) < edit.vocab, 1)
-        scale = (scale if view.vocab_dim == -1 else scale.movedim(-1, view.vocab_dim)).to(x.dtype)
-        with torch.set_grad_enabled(x.requires_grad):
-            own = values(x, "scale in place")
-            with torch.set_grad_enabled(x.requires_grad and not past):
-                own.mul_(scale)
-            _take(x, own)
-    x.edits = []
-
-
 def _property(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     of = getattr(getattr(func, "__self__", None), "__name__", "")
     x = args[0]
-    if name == "__get__" and of in ("T", "mT", "H", "mH"):
-        return call(torch.Tensor.transpose, (x, -2, -1), {}) if x.dim() > 1 else x
+    if name == "__get__" and (of in ("mT", "mH") or (of in ("T", "H") and x.dim() == 2)):
+        return call(torch.Tensor.transpose, (x, -2, -1), {})
+    if name == "__get__" and of == "T":
+        return call(torch.Tensor.permute, (x, *range(x.dim() - 1, -1, -1)), {})
     if name == "__get__" and of == "data":
         return copy_of(x)
     if name == "__set__" and of == "data":
@@ -199,6 +167,13 @@ def _shown(x: LazyLogits, *_: Any, **__: Any) -> str:
 
 HANDLERS["__repr__"] = HANDLERS["__str__"] = _shown
 HANDLERS["__format__"] = lambda x, spec="": _shown(x)
+
+
+@handles("share_memory_")
+def _shared(x: LazyLogits) -> LazyLogits:
+    """No value changes: what shares memory with this tensor stays what it is."""
+    values(x, "share_memory_").share_memory_()
+    return x
 
 
 @handles("__reduce_ex__", "__deepcopy__")

@@ -123,7 +123,9 @@ class Sparse(_Sums):
         while size > SMALLEST_GROUP and cost(size).stored + cost(size).scratch > limit:
             size = -(-size // 2)
         groups = list(slices(rest.numel(), size)) if size else []
-        if len(groups) + len(table.passes) > 1:
+        # Labels that became known after the rows were computed: what the backend writes for the old ones is taken back
+        # by entries, and what is left would be the difference of two roundings.
+        if len(groups) + len(table.passes) > 1 or others:
             self.widen()
         into = Grads(None, *(None if grad is None else grad[: head.vocab] for grad in self.grads[1:]))
         written = False

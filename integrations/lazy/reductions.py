@@ -89,24 +89,26 @@ def _mean(x: LazyLogits, operation: str) -> Tensor:
     return _number(x, operation, view.root.means(view.mapping, rows).view(view.rows.shape), terms)
 
 
-def _expected(x: LazyLogits, operation: str) -> Tensor:
-    """``sum_v p_v z_v`` of each row."""
+def _expected(x: LazyLogits, operation: str, *, log: bool = False) -> Tensor:
+    """``sum_v p_v z_v`` of each row, or with ``log`` ``sum_v p_v log p_v``."""
     view = x.view_of
     rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
-    expected = table.moments(rows).expected
+    expected = table.moment(rows, "expected")
+    own = 0.0 if log else 1.0  # the derivatives differ by that of the log-sum-exp
 
     def terms(g: Tensor) -> Terms:
-        softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (1 - expected))
+        softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (own - expected))
         return {view.mapping.key: Term(view.mapping, softmax=softmax, weighted=_spread(view, rows, g))}
 
-    return _number(x, operation, expected.view(view.rows.shape), terms)
+    values = -table.moment(rows, "entropy") if log else expected
+    return _number(x, operation, values.view(view.rows.shape), terms)
 
 
 def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
     """What a stand-in has at ``rows``, ``ids`` of one shape, in its dtype."""
-    view = x.view_of
+    view, ids = x.view_of, ids.long()
     vocab = view.mapping.vocab
     if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
@@ -128,6 +130,8 @@ def _gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
     if not isinstance(x, LazyLogits) or isinstance(index, LazyLogits) or x.view_of.vocab_dim != -1:
         return NotImplemented
     if not is_vocab(x, dim) or index.shape[-1] > WIDEST_GATHER or index.dim() != x.dim():
+        return NotImplemented
+    if any(size > own for size, own in zip(index.shape[:-1], x.shape[:-1], strict=True)):
         return NotImplemented
     rows = x.view_of.rows[tuple(slice(0, size) for size in index.shape[:-1])]
     return taken(x, "gather", rows.unsqueeze(-1).expand(index.shape), index)
@@ -168,7 +172,7 @@ def _row_means(x: LazyLogits, operation: str) -> Tensor | None:
     if view.kind == "log_probs":
         return (_mean(x, operation) - _lse(x, operation)) * view.factor
     if view.kind == "probs_log_probs":
-        return (_expected(x, operation) - _lse(x, operation)) * (view.factor / view.mapping.vocab)
+        return _expected(x, operation, log=True) * (view.factor / view.mapping.vocab)
     if view.kind == "probs_logits":
         return _expected(x, operation) * (view.factor / view.mapping.vocab)
     return None
@@ -187,6 +191,7 @@ def _summed(x: Any, operation: str, dim: Any, keepdim: bool, dtype: torch.dtype 
         return NotImplemented
     if everything:
         out = means.mean() if average else means.sum() * x.view_of.mapping.vocab
+        out = out.reshape([1] * x.dim()) if keepdim else out
     else:
         out = means if average else means * x.view_of.mapping.vocab
         out = out.unsqueeze(-1) if keepdim else out
@@ -212,7 +217,7 @@ def _top(x: LazyLogits, operation: str) -> Tensor | None:
     if view.family is not None:
         table.expect(view.family.reshape(-1))
     view.root.site.report.chains[" > ".join((*view.chain, operation))] += 1
-    return table.moments(view.rows.reshape(-1)).argmax.view(view.rows.shape)
+    return table.moment(view.rows.reshape(-1), "argmax").view(view.rows.shape)
 
 
 @handles("argmax")
@@ -245,9 +250,9 @@ def _amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
 @handles("topk")
 def _topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     view = x.view_of
-    if view.vocab_dim != -1 or not is_vocab(x, dim) or not largest or k > WIDEST_GATHER or view.factor <= 0:
+    if view.vocab_dim != -1 or not is_vocab(x, dim) or not largest or view.factor <= 0:
         return NotImplemented
-    if view.kind not in ("logits", "log_probs", "probs"):
+    if view.kind not in ("logits", "log_probs", "probs") or k > min(WIDEST_GATHER, view.mapping.vocab):
         return NotImplemented
     rows = view.rows.reshape(-1)
     ids = torch.empty((rows.numel(), k), dtype=torch.int64, device=rows.device)
@@ -345,7 +350,7 @@ def _kl_div(
     if view.vocab_dim != -1 or size_average is not None or reduce is not None:
         return NotImplemented
     rows = view.rows.reshape(-1)
-    flat = target.reshape(rows.numel(), -1)
+    flat = target.reshape(rows.numel(), view.mapping.vocab)
     losses = torch.zeros(rows.numel(), dtype=view.root.acc, device=rows.device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for of, logits in view.root.logits(view.mapping, rows):
@@ -360,4 +365,4 @@ def _kl_div(
 
     total = _number(x, "kl_div", losses, terms).sum()
     by = {"sum": 1, "batchmean": x.shape[0], "mean": x.numel()}[reduction]
-    return (total / by).to(x.dtype)
+    return (total / by).to(torch.promote_types(x.dtype, target.dtype))

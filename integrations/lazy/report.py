@@ -43,6 +43,18 @@ class Report:
         for each in (self.chains, self.materialised, self.plans, self.notes):
             each.clear()  # type: ignore[attr-defined]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Report:
+        """Of a copied model: nothing has been counted of that yet."""
+        return Report(self.refusal, self.fused)
+
+    def take(self, other: Report) -> None:
+        """Add what another report counted, that of a copied head."""
+        self.calls, self.products = self.calls + other.calls, self.products + other.products
+        self.chains += other.chains
+        self.materialised += other.materialised
+        self.plans |= other.plans
+        self.notes += [note for note in other.notes if note not in self.notes]
+
     def note(self, line: str) -> None:
         """Say once, here and as a warning."""
         if line not in self.notes:

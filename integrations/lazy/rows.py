@@ -35,7 +35,7 @@ class Site:
     def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
-        self.moments: set[Any] = set()  # keys of maps whose moments were wanted: later passes form them in passing
+        self.moments: dict[Any, set[str]] = {}  # by map, which were wanted: later passes form them in passing
 
     def select(self, hidden: Tensor) -> Backend:
         return select(self.backend, hidden.device, hidden.dtype)
@@ -65,6 +65,17 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Column(NamedTuple):
+    """A token's logits of some rows, which in eager torch would be a view: a change of one is a change of both."""
+
+    tensor: weakref.ref[Tensor]  # of the shape of ``slots``
+    kept: Tensor  # its memory, which tells of a change when it is gone
+    version: int  # of the tensor as it was given out
+    memory: int  # that would be shared, an address
+    slots: Tensor  # of it
+    token: int
+
+
 _roots: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
 
 
@@ -90,10 +101,19 @@ class Root:
         self.expired = False
         self.stored = 0  # bytes of E that wait for backward
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
-        self.columns: list[tuple[Tensor, int]] = []  # single logits of rows, views in eager torch, and their version
+        self.columns: list[Column] = []
         self._mean_weight: Tensor | None = None
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
+
+    def held(self) -> Inputs | None:
+        """The tensors of the call, or None where nothing holds them any more."""
+        inputs, node = self._inputs(), None if self.node is None else self.node()
+        if inputs is None and node is not None:
+            # Kept for the node's backward: what checkpoint saves may be unpacked once.
+            inputs = node.unpacked = Inputs(*node.saved_tensors)
+            self._inputs = weakref.ref(inputs)
+        return inputs
 
     def inputs(self) -> Inputs:
         """The tensors of the call.
@@ -101,11 +121,7 @@ class Root:
         Raises:
             RuntimeError: backward has freed them, or hidden was changed in place.
         """
-        inputs, node = self._inputs(), None if self.node is None else self.node()
-        if inputs is None and node is not None:
-            # Kept for the node's backward: what checkpoint saves may be unpacked once.
-            inputs = node.unpacked = Inputs(*node.saved_tensors)
-            self._inputs = weakref.ref(inputs)
+        inputs = self.held()
         if inputs is None:
             raise RuntimeError("orpo_kernels: the graph of these logits was freed: pass retain_graph=True to backward")
         if _version(inputs.hidden) != inputs.versions[0]:
@@ -127,25 +143,26 @@ class Root:
         """
         inputs = self.inputs()
         weight = inputs.weight
-        if weight.untyped_storage().nbytes() == 0 and weight.numel():  # sharded again after the head's forward
-            live: Any = self.site.module.weight
-            if hasattr(live, "full_tensor"):
-                live = live.full_tensor()
-            if live.shape == weight.shape and live.untyped_storage().nbytes():
-                bias: Any = self.site.module.bias
-                bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
-                return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
-            raise RuntimeError(
-                "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
-                "gathered again: compute it before, or unfuse(model)"
-            )
-        changed = _version(weight) != inputs.versions[1]
+        sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
+        changed = not sharded and _version(weight) != inputs.versions[1]
         if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        return weight, inputs.bias
+        if not sharded:
+            return weight, inputs.bias
+        live: Any = self.site.module.weight
+        if hasattr(live, "full_tensor"):
+            live = live.full_tensor()
+        if live.shape == weight.shape and live.untyped_storage().nbytes():
+            bias: Any = self.site.module.bias
+            bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+            return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+        raise RuntimeError(
+            "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
+            "gathered again: compute it before, or unfuse(model)"
+        )
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -180,7 +197,7 @@ class Root:
     def means(self, mapping: Map, rows: Tensor) -> Tensor:
         """Mean over the vocabulary of each row; a product only under a softcap."""
         if mapping.softcap is not None:
-            return self.table(mapping).moments(rows).mean
+            return self.table(mapping).moment(rows, "mean")
         head = self.head(mapping)
         if self._mean_weight is None or mapping.vocab != self.identity.vocab:
             self._mean_weight = self.site.select(self.hidden).mean_weight(head.weight)
@@ -223,6 +240,7 @@ class Root:
 
         weights = inputs.weight, inputs.bias
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
                 return Sparse(self, weights).backward(terms)
@@ -250,8 +268,7 @@ class Table:
         self.logps, self.labels = torch.zeros((2, n), dtype=root.acc, device=root.device)
         self.passes: list[Pass] = []
         self.family: Tensor | None = None
-        self._moments: Moments | None = None
-        self._with_moments = torch.zeros_like(self.known)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}  # by name: values, and of which rows
 
     @property
     def root(self) -> Root:
@@ -279,21 +296,19 @@ class Table:
         self.compute(rows)
         return self.labels[rows] - self.logps[rows]
 
-    def moments(self, rows: Tensor) -> Moments:
-        """``Moments`` of rows, computed with their log-sum-exp or, the first time, after it."""
-        self.root.site.moments.add(self.mapping.kind)
+    def moment(self, rows: Tensor, name: str) -> Tensor:
+        """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
+        wanted = "expected" if name == "entropy" else name
+        self.root.site.moments.setdefault(self.mapping.kind, set()).add(wanted)
         self.compute(rows)
-        missing = self._missing(rows, self._with_moments)
-        if missing.numel():
-            part = self.part(missing)
+        known = self._moments[name][1] if name in self._moments else torch.zeros_like(self.known)
+        missing = self._missing(rows, known)
+        if missing.numel() or name not in self._moments:
+            part = self.part(missing)._replace(moments=(wanted,))
             with torch.no_grad(), torch.autocast(part.hidden.device.type, enabled=False):
                 self._keep(missing, self.root.site.select(part.hidden).moments(part))
             self.root.count(missing.numel())
-        assert self._moments is not None or rows.numel() == 0
-        if self._moments is None:
-            empty = self.logps[rows]
-            return Moments(empty, empty, self.ids[rows])
-        return Moments(*(values[rows] for values in self._moments))
+        return self._moments[name][0][rows]
 
     def _missing(self, rows: Tensor, known: Tensor) -> Tensor:
         wanted = torch.zeros_like(known)
@@ -308,11 +323,12 @@ class Table:
         return Part(hidden, every[: rows.numel()], self.ids[rows], head or self.root.head(self.mapping), scratch)
 
     def _keep(self, rows: Tensor, found: Moments) -> None:
-        if self._moments is None:
-            self._moments = Moments(*(each.new_zeros(self.known.shape) for each in found))
-        for every, some in zip(self._moments, found, strict=True):
-            every[rows] = some
-        self._with_moments[rows] = True
+        for name, some in found._asdict().items():
+            if some is not None:
+                if name not in self._moments:
+                    self._moments[name] = some.new_zeros(self.known.shape), torch.zeros_like(self.known)
+                values, known = self._moments[name]
+                values[rows], known[rows] = some, True
 
     @torch.no_grad()
     def compute(self, rows: Tensor, ids: Tensor | None = None) -> None:
@@ -344,7 +360,7 @@ class Table:
         # A trainable head whose E does not fit is computed again in backward: the rows that have a gradient.
         prepared, store = plan.name in ("frozen", "store"), plan.name == "store"
         waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
-        part = part._replace(scratch=plan.scratch_budget, moments=self.mapping.kind in root.site.moments)
+        part = part._replace(scratch=plan.scratch_budget, moments=root.site.moments.get(self.mapping.kind, ()))
         with torch.autocast(part.hidden.device.type, enabled=False):
             try:
                 found = backend.forward(part, Grads(waiting, None, None), store=store)

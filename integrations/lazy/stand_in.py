@@ -37,6 +37,8 @@ class View:
     kind: str = "logits"  # or log_probs, probs, probs_log_probs (p * log p), probs_logits (p * z)
     factor: float = 1.0  # 1 for logits, whose factor is the map's
     vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
+    cut: bool = False  # whether its memory would hold more tokens of each row
+    packed: bool = False  # whether it would lie in memory in the order of its dimensions, the vocabulary not last
     family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
     chain: tuple[str, ...] = ()  # operations so far, for the report
     graph: object = field(default_factory=object)  # shared by views that autograd follows from one to another
@@ -62,18 +64,25 @@ class View:
         return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
 
     def dense(self) -> Tensor:
-        """What this stands for, computed."""
+        """What this stands for, computed; no view of anything, so that it may be changed in place."""
         root, rows = self.root, self.rows.reshape(-1)
         # Not a view of anything: autograd lets nobody change in place a view that a node returned.
-        out = torch.empty((*self.rows.shape, self.mapping.vocab), dtype=self.dtype, device=rows.device)
-        flat = out.view(rows.numel(), self.mapping.vocab)
+        like = torch.empty((*self.rows.shape, self.mapping.vocab), device="meta")
+        like = like if self.vocab_dim == -1 else like.movedim(-1, self.vocab_dim)
+        out = torch.empty_strided(like.shape, like.stride(), dtype=self.dtype, device=rows.device)
+        flat = out if self.vocab_dim == -1 else out.movedim(self.vocab_dim, -1)
+        flat = flat.view(rows.numel(), self.mapping.vocab)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for of, logits in root.logits(self.mapping, rows):
                 flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())
-        if self.vocab_dim == -1:
-            return out
-        return out.movedim(-1, self.vocab_dim).clone(memory_format=torch.contiguous_format)
+        return torch.empty_like(out, memory_format=torch.contiguous_format).copy_(out) if self.packed else out
+
+    def slots(self) -> Tensor:
+        """Where in memory each row would stand, as ``rows``: to compare with views that share it."""
+        rows = self.rows
+        places = torch.arange(rows.untyped_storage().nbytes() // rows.itemsize, device=rows.device)
+        return places.as_strided(rows.shape, rows.stride(), rows.storage_offset()).contiguous()
 
     def terms_of_dense(self, grad: Tensor) -> Terms:
         """A dense gradient of the stand-in's shape."""
@@ -112,10 +121,18 @@ def _strides(shape: torch.Size) -> list[int]:
 class Edit(NamedTuple):
     """A scale in place of a view that shares memory with others."""
 
-    rows: Tensor  # of the root
-    factor: float | Tensor  # of all rows, or of each
+    slots: Tensor  # ``View.slots``
+    factor: float | Tensor  # of all of them, or of each
     vocab: int  # columns, from the first
     graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
+
+
+# What the handlers themselves ask of a stand-in, many times an operation.
+_PLAIN = {torch.Tensor.dim}
+_PLAIN.update(
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn")
+)
 
 
 class LazyLogits(torch.Tensor):
@@ -124,10 +141,13 @@ class LazyLogits(torch.Tensor):
     view_of: View
     own: Tensor | None  # the values, once something changed them in place or needed all of them
     changed: bool  # whether ``own`` is no longer what the view says
+    shown: bool  # whether somebody may have a view of ``own``
     lost: str | None  # why it cannot be used any more
     inputs: Inputs  # of the root, which live as long as this does
     own_version: int  # of ``own`` as it was computed
     edits: list[Edit]  # of views that share memory
+    columns: list[Tensor]  # single logits of a token, which may be changed in place with their last name gone
+    columns_known: dict[int, int]  # versions of tensors, by id, whose changes it has taken over
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
@@ -135,6 +155,7 @@ class LazyLogits(torch.Tensor):
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
+        self.shown, self.columns, self.columns_known = False, [], {}
         self.own_version, self.inputs = 0, view.root.inputs()
         views = view.root.views
         views.append(weakref.ref(self))
@@ -147,6 +168,9 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PLAIN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         from orpo_kernels.integrations.lazy.operations import call
 
         return call(func, args, kwargs or {})
@@ -157,15 +181,33 @@ class LazyLogits(torch.Tensor):
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
             return copy_of(args[0])
-        if any(argument.is_out or _mutates(argument) for argument in func._schema.arguments):
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if _mutates(argument) and isinstance(value, LazyLogits):
-                    raise RuntimeError(
-                        f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
-                        "unfuse(model) for such code"
-                    )
+        written = _written(func, args, kwargs)
+        if any(func.namespace != "c10d" or (x.requires_grad and torch.is_grad_enabled()) for x in written):
+            raise RuntimeError(
+                f"orpo_kernels: {func} would change lazy logits in place where it cannot be followed: "
+                "unfuse(model) for such code"
+            )
         values = torch.utils._pytree.tree_map_only(LazyLogits, lambda x: computed(x, str(func)), (args, kwargs))
-        return func(*values[0], **values[1])
+        result = func(*values[0], **values[1])
+        if written:  # by a collective, whose result arrives in the values that were computed
+            from orpo_kernels.integrations.lazy.memory import changed_below
+
+            for x in written:
+                changed_below(x, str(func))
+        return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[LazyLogits]:
+    """The stand-ins that an operation writes into. Collectives do not declare it of their first argument."""
+    if func.namespace == "c10d":
+        into = args[:1] if func._opname.endswith("_") else ()
+    else:
+        declared = func._schema.arguments
+        into = (
+            *(value for argument, value in zip(declared, args, strict=False) if _mutates(argument)),
+            *(kwargs[argument.name] for argument in declared if _mutates(argument) and argument.name in kwargs),
+        )
+    return [x for x in torch.utils._pytree.tree_leaves(into) if isinstance(x, LazyLogits)]
 
 
 def _mutates(argument: Any) -> bool:
@@ -176,6 +218,7 @@ def copy_of(x: LazyLogits) -> LazyLogits:
     """Another tensor that stands for the same, unknown to autograd."""
     copy = LazyLogits(replace(x.view_of, graph=object()))
     copy.own = None if x.own is None else x.own.detach()
+    copy.shown, copy.columns_known = x.shown, dict(x.columns_known)
     copy.own_version, copy.changed, copy.lost, copy.edits = x.own_version, x.changed, x.lost, list(x.edits)
     return copy
 
@@ -206,14 +249,14 @@ class LazyGrad(torch.Tensor):
 
     view_of: View
     terms: Terms
-    inputs: Inputs  # of the root, which live as long as this does
+    inputs: Inputs | None  # of the root, which live as long as this does; a checkpoint's are gone before its backward
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
         )
-        self.view_of, self.terms, self.inputs = view, terms, view.root.inputs()
+        self.view_of, self.terms, self.inputs = view, terms, view.root.held()
         return self
 
     def __init__(self, view: View, terms: Terms) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orpo_kernels.integrations.lazy.memory import give_column
 from orpo_kernels.integrations.lazy.reductions import WIDEST_GATHER, taken
 from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, handles, is_vocab, made, position
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
@@ -29,13 +31,19 @@ def _clone(x: LazyLogits, *, memory_format: Any = None) -> Any:
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
     if memory_format is not torch.contiguous_format:
         return NotImplemented
-    view = x.view_of
-    return x if view.rows.is_contiguous() and view.vocab_dim == -1 else copied(x, "contiguous")
+    if _is_contiguous(x):
+        return x
+    rows = x.view_of.rows.clone(memory_format=torch.contiguous_format)
+    return made(x, x.view_of.after("contiguous", rows=rows, cut=False, packed=x.view_of.vocab_dim != -1))
 
 
 @handles("is_contiguous")
-def _is_contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> bool:
-    return bool(x.view_of.rows.is_contiguous()) and x.view_of.vocab_dim == -1
+def _is_contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
+    if memory_format is not torch.contiguous_format:
+        return False
+    view = x.view_of
+    in_order = view.vocab_dim == -1 or view.packed or max(view.rows.shape[view.vocab_dim :], default=1) == 1
+    return bool(view.rows.is_contiguous()) and in_order and (not view.cut or view.rows.numel() <= 1)
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype, copy: bool = False) -> Any:
@@ -82,9 +90,14 @@ def _move(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     return x if x.device.type == "cpu" and not args else NotImplemented
 
 
-@handles("nan_to_num", "nan_to_num_")
+@handles("nan_to_num")
 def _finite(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """Logits of finite hidden states are finite; those that are not stay what they are and show in the loss."""
+    return copied(x, "nan_to_num") if x.view_of.mapping.bias is None else NotImplemented
+
+
+@handles("nan_to_num_")
+def _finite_(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     return x if x.view_of.mapping.bias is None else NotImplemented
 
 
@@ -92,33 +105,42 @@ def _reshaped(x: LazyLogits, operation: str, rows: Tensor) -> LazyLogits:
     return made(x, x.view_of.after(operation, rows=rows))
 
 
-@handles("view", "reshape")
-def _view(x: LazyLogits, *shape: Any) -> Any:
+def _shaped(x: LazyLogits, name: str, shape: tuple[Any, ...]) -> Any:
     view = x.view_of
     if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size):
         shape = tuple(shape[0])
     if view.vocab_dim != -1 or not shape or not all(isinstance(size, int) for size in shape):
+        return NotImplemented
+    if -1 in shape and view.rows.numel() == 0:
         return NotImplemented
     lead, vocab = list(shape[:-1]), shape[-1]
     if vocab == -1 and -1 not in lead:
         vocab = view.mapping.vocab if math.prod(lead) == view.rows.numel() else None
     if vocab != view.mapping.vocab:
         return NotImplemented
-    if -1 in lead and view.rows.numel() == 0:
-        return NotImplemented
-    return _reshaped(x, "view", view.rows.reshape(lead))
+    return _reshaped(x, name, getattr(view.rows, name)(lead))
 
 
-@handles("view_as", "reshape_as")
-def _view_as(x: Any, other: Any) -> Any:
-    return _view(x, *other.shape) if isinstance(x, LazyLogits) else x.reshape(other.shape)
+@handles("view")
+def _view(x: LazyLogits, *shape: Any) -> Any:
+    return _shaped(x, "view", shape)
+
+
+@handles("reshape")
+def _reshape(x: LazyLogits, *shape: Any) -> Any:
+    return _shaped(x, "reshape", shape)
+
+
+HANDLERS["view_as"] = lambda x, other: x.view(other.shape)
+HANDLERS["reshape_as"] = lambda x, other: x.reshape(other.shape)
 
 
 @handles("flatten")
 def _flatten(x: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if x.view_of.vocab_dim != -1 or position(end_dim, x.dim()) >= x.dim() - 1:
+    start, end = position(start_dim, x.dim()), position(end_dim, x.dim())
+    if x.view_of.vocab_dim != -1 or not 0 <= start <= end < x.dim() - 1:
         return NotImplemented
-    return _reshaped(x, "flatten", x.view_of.rows.flatten(start_dim, position(end_dim, x.dim())))
+    return _reshaped(x, "flatten", x.view_of.rows.flatten(start, end))
 
 
 @handles("squeeze")
@@ -157,7 +179,7 @@ def _permute(x: LazyLogits, *dims: Any) -> Any:
     where = order.index(vocab)
     lead = [dim - (dim > vocab) for dim in order if dim != vocab]
     rows = view.rows.permute(lead)
-    return made(x, view.after("transpose", rows=rows, vocab_dim=-1 if where == x.dim() - 1 else where))
+    return made(x, view.after("transpose", rows=rows, vocab_dim=-1 if where == x.dim() - 1 else where, packed=False))
 
 
 @handles("unbind", "__iter__")
@@ -256,9 +278,11 @@ def _getitem(x: Any, index: Any) -> Any:
             return NotImplemented
         if stop == view.mapping.vocab:
             return _reshaped(x, "getitem", view.rows[lead])
-        return made(x, view.after("getitem", rows=view.rows[lead], mapping=view.mapping.narrowed(stop)))
+        return made(x, view.after("getitem", rows=view.rows[lead], mapping=view.mapping.narrowed(stop), cut=True))
     rows = view.rows[lead] if lead else view.rows
     if isinstance(last, int) and not isinstance(last, bool):
+        if not -view.mapping.vocab <= last < view.mapping.vocab:
+            return NotImplemented
         last = torch.tensor(last, device=x.device)
     if not isinstance(last, Tensor) or last.dtype not in (torch.int64, torch.int32):
         return NotImplemented
@@ -272,7 +296,7 @@ def _getitem(x: Any, index: Any) -> Any:
     if last.numel() > WIDEST_GATHER:
         return NotImplemented
     whole = (*rows.shape, *ids.shape)
-    out = taken(x, "getitem", rows.view(*rows.shape, *[1] * ids.dim()).expand(whole), ids.expand(whole))
-    if isinstance(items[-1], int) and not advanced:  # eager torch gives a view here
-        view.root.columns.append((out.detach(), out._version))
+    out = taken(x, "getitem", rows[(..., *[None] * ids.dim())].expand(whole), ids.expand(whole))
+    if last.dim() == 0 and out is not NotImplemented:  # eager torch gives a view here
+        give_column(x, replace(view, rows=rows), out, int(ids))
     return out

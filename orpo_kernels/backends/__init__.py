@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,47 +60,71 @@ class Part(NamedTuple):
     shared_rows: bool = False  # a row may carry two targets, of this part or of another
     logit_means: bool = False  # whether ``Found.logit_means`` is wanted
     mean_weight: Tensor | None = None  # [H], the head's mean row: without a softcap it gives the mean logits
-    moments: bool = False  # whether ``Found.moments`` is wanted, of a backend that forms them in the same pass
+    # Of "expected" (and the entropy), "mean" and "argmax" what ``Found.moments`` shall have, of a backend that forms it
+    # in the same pass.
+    moments: Collection[str] = ()
 
 
 class Moments(NamedTuple):
-    """Of rows of capped logits ``z [V]``, ``[n]`` each, accumulation dtype."""
+    """Of rows of capped logits ``z [V]``, ``[n]`` each, accumulation dtype; None for what was not wanted."""
 
-    expected: Tensor  # sum_v p_v z_v with p = softmax(z): the entropy is the log-sum-exp less it
-    mean: Tensor  # mean over V
-    argmax: Tensor  # int64, where the largest logit is; the first of equal ones
+    expected: Tensor | None = None  # sum_v p_v z_v with p = softmax(z)
+    entropy: Tensor | None = None  # -sum_v p_v log p_v; the log-sum-exp less the expected would cancel if a row is sure
+    mean: Tensor | None = None  # mean over V
+    argmax: Tensor | None = None  # int64, where the largest logit is; the first of equal ones
+
+    @staticmethod
+    def joined(parts: Sequence[Moments]) -> Moments:
+        """Those of rows one after the other."""
+        return Moments(*(None if columns[0] is None else torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 class MomentSums:
     """What ``Moments`` of n rows are made of, tile by tile of logits; sums in the accumulation dtype.
 
-    The logits may stand under any ``shift [n]``. Exponentials stand under the largest logit so far.
+    The logits may stand under any ``shift [n]``. Exponentials stand under the largest logit so far, so that an entropy
+    is made of terms of one sign.
     """
 
-    def __init__(self, shift: Tensor) -> None:
-        self.shift = shift
-        self.sums = shift.new_zeros(2, shift.shape[0])  # of exp(u - largest) and exp(u - largest) * u; u = z - shift
+    def __init__(self, shift: Tensor, wanted: Collection[str], head: Head) -> None:
+        self.shift, self.wanted, self.vocab = shift, wanted, head.vocab
+        self.masked = head.bias is not None  # whether a logit may be -inf
+        self.sums = shift.new_zeros(2, shift.shape[0])  # of exp(u - largest) and exp(u - largest) * (u - largest)
         self.total = torch.zeros_like(shift)
-        self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min)
+        self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min / 2)
         self.argmax = torch.zeros_like(shift, dtype=torch.int64)
 
     def add(self, first: int, shifted: Tensor) -> None:
-        """Take ``shifted [s, n]``, the logits of tokens ``first`` to ``first + s`` less the shift."""
-        shifted = shifted.to(self.shift.dtype)
-        self.total += shifted.sum(0)
-        # A masked token, whose logit is -inf, has no part in the expectation.
-        shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min)
-        largest, place = shifted.max(0)
-        self.argmax = torch.where(largest > self.largest, place + first, self.argmax)
-        largest = torch.maximum(largest, self.largest)
-        exps = (shifted - largest).exp_()
-        self.sums *= (self.largest - largest).exp()
-        self.sums += torch.stack([exps.sum(0), exps.mul_(shifted).sum(0)])
-        self.largest = largest
+        """Take ``shifted [s, n]``, the logits u = z - shift of tokens ``first`` to ``first + s``."""
+        if "mean" in self.wanted:
+            self.total += shifted.sum(0, dtype=self.shift.dtype)
+        if self.masked:  # a masked token has no part in the expectation: zero times a number that is finite
+            shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min / 4)
+        before = self.largest
+        if "argmax" in self.wanted:
+            largest, place = shifted.max(0)
+            self.argmax = torch.where(largest > before, place + first, self.argmax)
+            self.largest = torch.maximum(largest, before)
+        if "expected" not in self.wanted:
+            return
+        if "argmax" not in self.wanted:
+            self.largest = torch.maximum(shifted.amax(0), before)
+        below = shifted - self.largest
+        exps = below.exp()
+        moved = before - self.largest
+        self.sums[1] += self.sums[0] * moved
+        self.sums *= moved.exp()
+        self.sums[0] += exps.sum(0)
+        self.sums[1] += exps.mul_(below).sum(0)
 
-    def moments(self, vocab: int) -> Moments:
-        exps, weighted = self.sums.unbind()
-        return Moments(self.shift + weighted / exps, self.shift + self.total / vocab, self.argmax)
+    def moments(self) -> Moments:
+        expected = entropy = None
+        if "expected" in self.wanted:
+            exps, weighted = self.sums.unbind()
+            below = weighted / exps
+            expected, entropy = self.shift + (self.largest + below), exps.log() - below
+        mean = self.shift + self.total / self.vocab if "mean" in self.wanted else None
+        return Moments(expected, entropy, mean, self.argmax if "argmax" in self.wanted else None)
 
 
 class Found(NamedTuple):
@@ -219,16 +243,16 @@ class Backend(ABC):
         return weight.mean(0, dtype=acc_dtype(weight.dtype))
 
     def moments(self, part: Part) -> Moments:
-        """``Moments`` of the part's rows, by a product of their own: what ``forward`` did not form in passing."""
+        """``part.moments`` of the part's rows, by a product of their own: what ``forward`` did not form in passing."""
         head, acc = part.head, acc_dtype(part.hidden.dtype)
         found = []
         for of in slices(part.rows.numel(), LOGITS_TILE[0]):
             hidden = part.hidden[part.rows[of]]
-            sums = MomentSums(hidden.new_zeros(hidden.shape[0], dtype=acc))
+            sums = MomentSums(hidden.new_zeros(hidden.shape[0], dtype=acc), part.moments, head)
             for tokens in slices(head.vocab, LOGITS_TILE[1]):
                 sums.add(tokens.start, head.logits(hidden, tokens).T)
-            found.append(sums.moments(head.vocab))
-        return Moments(*map(torch.cat, zip(*found, strict=True)))
+            found.append(sums.moments())
+        return Moments.joined(found)
 
     def scale(self, values: Tensor, by: Tensor) -> None:
         """``values *= by`` in place for a scalar ``by``, at no cost where that is 1, if the host can know."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.backends import slices
+from orpo_kernels.backends.torch_tiles import multiply
 
 LIBRARY_TILE = 32 << 20  # bytes of a float32 tile between two steps, to stay in L2
 
@@ -34,20 +35,13 @@ def _adds_wide(device: torch.device) -> bool:
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """``out (+)= a @ b``, added in float32 within the product where ``out`` is float32, whatever a and b are."""
-    if out.dtype == a.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32 and out.device.type == "cuda" and torch.version.hip is None:
-        if not accumulate:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-        elif _adds_wide(out.device):
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            for of in slices(out.shape[0], max(LIBRARY_TILE // (4 * out.shape[1]), 1)):
-                out[of] += torch.mm(a[of], b, out_dtype=torch.float32)
-    elif accumulate:  # torch has no wider product here: one more rounding
-        out += torch.mm(a, b)
+    wide = out.dtype == torch.float32 != a.dtype and out.device.type == "cuda" and torch.version.hip is None
+    if not wide:  # of one dtype, or torch has no wider product here: one more rounding
+        multiply(out, a, b, accumulate=accumulate)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _adds_wide(out.device):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        out.copy_(torch.mm(a, b))
+        for of in slices(out.shape[0], max(LIBRARY_TILE // (4 * out.shape[1]), 1)):
+            out[of] += torch.mm(a[of], b, out_dtype=torch.float32)

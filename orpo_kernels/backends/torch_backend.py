@@ -134,7 +134,7 @@ class TorchBackend(Backend):
             del found, state  # and d logp / d hidden, before the next chunk's is allocated
         joined = (_cat(columns) for columns in zip(*(found.state for found in parts), strict=True))
         logps, means, _, moments = zip(*parts, strict=True)
-        joined_moments = Moments(*map(torch.cat, zip(*moments, strict=True))) if part.moments else None
+        joined_moments = Moments.joined(moments) if part.moments else None
         return Found(torch.cat(logps), _cat(means), _State(*joined), joined_moments)  # type: ignore[arg-type]
 
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
@@ -162,11 +162,11 @@ class TorchBackend(Backend):
         exp_logits = _take_exp_logits(vocab, n, hidden) if store else None
 
         from_tiles = part.logit_means and head.softcap is not None
-        moments = MomentSums(shift) if part.moments else None
+        moments = MomentSums(shift, part.moments, head) if part.moments else None
         sum_exp, product_t, sums = _stream(
             Tiles(hidden, ids, head, shift), exp_logits, moments, product=product, logit_sum=from_tiles
         )
-        found_moments = None if moments is None else moments.moments(vocab)
+        found_moments = None if moments is None else moments.moments()
         means = None if sums is None else sums / vocab
         if part.logit_means and part.mean_weight is not None:
             means = torch.cat([hidden[of].to(acc) @ part.mean_weight for of in slices(n, 1024)] or [label])
@@ -179,12 +179,13 @@ class TorchBackend(Backend):
             some = hidden[again].to(acc)
             shift[again] = row_max(some, head)
             columns = some.new_empty((vocab + 1, again.numel())) if exp_logits is not None else None
-            moments = MomentSums(shift[again]) if part.moments else None
+            moments = MomentSums(shift[again], part.moments, head) if part.moments else None
             tiles = Tiles(some, ids[again], head, shift[again])
             redone = _stream(tiles, columns, moments, product=product, logit_sum=False)
             if found_moments is not None and moments is not None:
-                for every, value in zip(found_moments, moments.moments(vocab), strict=True):
-                    every[again] = value
+                for every, value in zip(found_moments, moments.moments(), strict=True):
+                    if every is not None and value is not None:
+                        every[again] = value
             sum_exp[again] = redone[0]
             if product_t is not None and redone[1] is not None:
                 product_t[:, again] = redone[1]

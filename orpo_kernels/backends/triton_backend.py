@@ -43,6 +43,7 @@ from orpo_kernels.backends import (
     kernels,
     slices,
 )
+from orpo_kernels.backends.kernels import Chunk, Out
 from orpo_kernels.backends.kernels.configs import Config, Tile, arch_of, config
 from orpo_kernels.backends.products import LIBRARY_TILE, product, times_head
 from orpo_kernels.objectives import ORPO
@@ -107,9 +108,6 @@ class TritonBackend(Backend):
         n = min(n, _chunk_rows(features, room))
         return Cost(0, n * (8 * features + _slice_width(n * itemsize, vocab, room) * itemsize) if n else 0, room)
 
-    def mean_weight(self, weight: Tensor) -> Tensor:
-        return weight.mean(0, dtype=torch.float32)
-
     # What the engine calls, in the order it does.
 
     def count(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
@@ -163,9 +161,8 @@ class TritonBackend(Backend):
         logps = found.logps
         rows = len(PAIR_ROWS) + 1 + len(objective.metric_names)
         values, g = logps.new_empty((rows, pairs.last - pairs.first)), torch.empty_like(logps)
-        numbers = {"beta": float(objective.beta), "nll_weight": given.nll_weight}
         with _on(logps):
-            kernels.pairs.odds_ratio(logps, found.logit_means, pairs, g, values, given.by_sequence, **numbers)
+            kernels.pairs.odds_ratio(logps, found.logit_means, pairs, given, objective.beta, g, values)
         return PairTable(values, g)
 
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
@@ -181,7 +178,7 @@ class TritonBackend(Backend):
                 if state.exp_logits is None:
                     self._recompute(part, state, coefficients, into[1:])
                 else:
-                    self._head_product(state.exp_logits, part, coefficients, into[1:], accumulate, part.scratch)
+                    self._head_product(state.exp_logits, part, coefficients, into[1:], accumulate)
 
     def scale(self, values: Tensor, by: Tensor) -> None:
         with _on(values):
@@ -215,13 +212,11 @@ class TritonBackend(Backend):
         """``forward`` of one chunk of rows; the sum of ``E_v W_v`` over v != y ``[n, H]`` if ``product``."""
         ids, head, vocab = part.ids, part.head, part.head.vocab
         hidden = part.hidden.index_select(0, part.rows)
-        n = hidden.shape[0]
-        if n == 0:
-            return None
+        chunk, n = Chunk(hidden, ids, head, state.shift), hidden.shape[0]
         label, sum_exp = torch.empty((2, n), dtype=torch.float32, device=hidden.device)
         overflowed = torch.empty(n, dtype=torch.int32, device=hidden.device)
         shift, label_entry = state.shift, state.label_entry
-        kernels.rows.label(hidden, ids, head, part.mean_weight, label, label_entry, shift, sum_exp, means)
+        kernels.rows.label(chunk, part.mean_weight, label, label_entry, sum_exp, means)
         width, of_slice, total = vocab, None, None
         if product:
             width = _slice_width(n * _exp_dtype(hidden.dtype).itemsize, vocab, part.scratch)
@@ -232,10 +227,10 @@ class TritonBackend(Backend):
         for tokens in slices(vocab, width):
             size = tokens.stop - tokens.start
             exp_logits = state.exp_logits if of_slice is None else of_slice[:, :size]
-            self._exp_logits(hidden, ids, head, shift, tokens, exp_logits, sums, logit_sums)
+            self._exp_logits(chunk, tokens, Out(exp_logits, sums, logit_sums))
             tiles = -(-size // block)
             kernels.rows.reduce_tiles(sums, logit_sums, sum_exp, means, overflowed, tiles, OVERFLOW_ABOVE, 1 / vocab)
-            found = kernels.exp_gemm.recompute_overflowed(hidden, ids, head, shift, overflowed, tokens, exp_logits)
+            found = kernels.exp_gemm.recompute_overflowed(chunk, overflowed, tokens, exp_logits)
             before = total if tokens.start else None  # nothing is in it yet
             kernels.rows.rescale(*found, sum_exp, shift, overflowed, before)
             if total is not None and exp_logits is not None:
@@ -245,22 +240,13 @@ class TritonBackend(Backend):
             kernels.rows.label_entries(state.exp_logits, label_entry, ids, 0)
         return total
 
-    def _exp_logits(
-        self,
-        hidden: Tensor,
-        ids: Tensor,
-        head: Head,
-        shift: Tensor,
-        tokens: slice,
-        exp_logits: Tensor | None,
-        sums: Tensor | None,
-        logit_sums: Tensor | None,
-    ) -> None:
+    def _exp_logits(self, chunk: Chunk, tokens: slice, out: Out) -> None:
         """E of the tokens and its sums per tile, in the form the configuration names."""
+        (hidden, _, head, shift), exp_logits = chunk, out.exp_logits
         form, tile = self._choose(hidden, head)
         if form != "library":
             gemm = kernels.exp_gemm.exp_gemm_tma if form == "tma" else kernels.exp_gemm.exp_gemm
-            gemm(tile, hidden, ids, head, shift, tokens, exp_logits, sums, logit_sums)
+            gemm(tile, chunk, tokens, out)
             return
         n, size = hidden.shape[0], tokens.stop - tokens.start
         step = max(LIBRARY_TILE // (4 * n) // tile.block_v, 1) * tile.block_v
@@ -268,28 +254,24 @@ class TritonBackend(Backend):
         scratch = None if in_place else shift.new_empty((n, min(step, size)))
         for part in slices(size, step):
             of = slice(part.start // tile.block_v, -(-part.stop // tile.block_v))
-            out = None if exp_logits is None else exp_logits[:, part]
-            logits = out if scratch is None else scratch[:, : part.stop - part.start]
+            own = Out(
+                None if exp_logits is None else exp_logits[:, part],
+                *(None if t is None else t[of] for t in out[1:]),
+            )
+            logits = own.exp_logits if scratch is None else scratch[:, : part.stop - part.start]
             assert logits is not None  # in place only where there is an E
             first = tokens.start + part.start
             product(logits, hidden, head.weight[first : tokens.start + part.stop].T, accumulate=False)
-            own_sums, own_logit_sums = (None if t is None else t[of] for t in (sums, logit_sums))
-            kernels.exp_gemm.exp_pass(tile, logits, ids, head, shift, first, out, own_sums, own_logit_sums)
+            kernels.exp_gemm.exp_pass(tile, chunk, logits, first, own)
 
     def _head_product(
-        self,
-        exp_logits: Tensor,
-        part: Part,
-        coefficients: Tensor,
-        grads: Sequence[Tensor | None],
-        accumulate: bool,
-        scratch: int,
+        self, exp_logits: Tensor, part: Part, coefficients: Tensor, grads: Sequence[Tensor | None], accumulate: bool
     ) -> None:
         """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
         (n, features), (grad_weight, grad_bias) = (part.rows.numel(), part.hidden.shape[1]), grads
         if grad_weight is not None:
             # By columns, so that little scratch still serves any number of targets; E is read once for each.
-            most = max(scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
+            most = max(part.scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
             columns = -(-features // -(-features // most))
             for of in slices(features, -(-columns // 64) * 64):
                 scaled = exp_logits.new_empty((n, of.stop - of.start))
@@ -316,17 +298,17 @@ class TritonBackend(Backend):
             if several:
                 sums = [None if g is None else torch.empty_like(g, dtype=torch.float32) for g in final]
             for of in chunks:
-                chunk = part._replace(rows=part.rows[of], ids=part.ids[of])
-                some = hidden.index_select(0, chunk.rows) if gathered is None else gathered
+                own = part._replace(rows=part.rows[of], ids=part.ids[of], scratch=left)
+                some = hidden.index_select(0, own.rows) if gathered is None else gathered
                 exp_logits = buffer[: some.shape[0], : tokens.stop - tokens.start]
                 unread = None
                 if head.bias is not None and head.softcap is None:
                     # Nobody reads these sums; without them the form with a bias spills 8 bytes on sm_100 (triton 3.7).
                     tiles = -(-exp_logits.shape[1] // self._choose(some, head)[1].block_v)
                     unread = state.shift.new_empty((tiles, some.shape[0]))
-                self._exp_logits(some, chunk.ids, head, state.shift[of], tokens, exp_logits, unread, None)
-                kernels.rows.label_entries(exp_logits, state.label_entry[of], chunk.ids, tokens.start)
-                self._head_product(exp_logits, chunk, coefficients[of], sums, of.start > 0, left)
+                self._exp_logits(Chunk(some, own.ids, head, state.shift[of]), tokens, Out(exp_logits, unread))
+                kernels.rows.label_entries(exp_logits, state.label_entry[of], own.ids, tokens.start)
+                self._head_product(exp_logits, own, coefficients[of], sums, of.start > 0)
             for grad, total in zip(final, sums, strict=True):
                 if several and grad is not None and total is not None:
                     grad.copy_(total)
@@ -378,10 +360,7 @@ def _slice_width(bytes_per_token: int, vocab: int, room: int) -> int:
 
 
 def _chunks(n: int, most: int) -> Iterator[slice]:
-    """Slices of n rows, of ``most`` or a little less each, in whole CHUNK_ROWS; one for no rows."""
+    """Slices of n rows, of ``most`` or a little less each, in whole CHUNK_ROWS."""
     step = max(most // CHUNK_ROWS, 1) * CHUNK_ROWS
-    if n <= step:
-        yield slice(0, n)
-        return
     even = -(-n // -(-n // step))
-    yield from slices(n, -(-even // CHUNK_ROWS) * CHUNK_ROWS)
+    return slices(n, -(-even // CHUNK_ROWS) * CHUNK_ROWS)

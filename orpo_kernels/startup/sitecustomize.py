@@ -44,7 +44,7 @@ class _Watch:
         return spec
 
 
-def watch(modules: Iterable[str], then: Callable[[str], None]) -> None:
+def watch(modules: Sequence[str], then: Callable[[str], None]) -> None:
     """Call ``then(name)`` for those that are imported already, and later for each of the others.
 
     A launcher must not import a library before the script it runs: scripts set environment variables first. A process
@@ -52,7 +52,6 @@ def watch(modules: Iterable[str], then: Callable[[str], None]) -> None:
     """
     if any(type(finder).__name__ == _Watch.__name__ for finder in sys.meta_path):
         return
-    modules = tuple(modules)
     for name in modules:
         if name in sys.modules:
             then(name)

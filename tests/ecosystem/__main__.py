@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness.machine import ROOT, commit, today
 from tests.ecosystem.compare import compare
-from tests.ecosystem.stacks import ABSENT, STACKS, Stack
+from tests.ecosystem.stacks import STACKS, Stack
 from tests.ecosystem.table import RECORD, load, render
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -44,9 +44,9 @@ def main() -> int:
         return 0
     if unknown := set(options.names) - set(STACKS):
         parser.error(f"no such stack: {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
-    agree = True
+    agree, at = True, commit()  # before the record and the document change
     for name in options.names or STACKS:
-        found = run(name, STACKS[name], again=options.again)
+        found = {"date": today(), "commit": at, **run(name, STACKS[name], again=options.again)}
         every = load()
         every[name] = found
         RECORD.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def main() -> int:
 
 def run(name: str, stack: Stack, *, again: bool) -> dict[str, Any]:
     """What the record holds of a stack."""
-    found: dict[str, Any] = {"date": today(), "commit": commit(), "versions": {}, "runs": {}}
+    found: dict[str, Any] = {"versions": {}, "runs": {}}
     try:
         python = install(name, stack, again=again)
         with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +73,9 @@ def run(name: str, stack: Stack, *, again: bool) -> dict[str, Any]:
                 for each in stack.fused_in_script:
                     found["runs"][f"{each}, fuse(model)"] = compare(stock["runs"][each], ours["runs"][each])
     except subprocess.CalledProcessError as error:
-        found["reason"] = (error.stderr or "").strip().splitlines()[-1:] or str(error)
-        print(error.stderr, file=sys.stderr)
+        said = (error.stderr or "").strip()
+        found["reason"] = said.splitlines()[-1] if said else str(error)
+        print(said, file=sys.stderr)
     return found
 
 
@@ -119,7 +120,9 @@ def train(python: Path, arguments: list[str], output: Path, *objectives: str, fu
 
 def command(line: list[str], environ: dict[str, str] | None = None, folder: Path | None = None) -> None:
     print("$", *line, file=sys.stderr, flush=True)
-    subprocess.run(line, env=environ, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    subprocess.run(
+        line, env=environ, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ def compare(stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "losses": [entry["loss"] for entry in stock["history"] if "loss" in entry],
         "differences": None,
+        "fused_by_trainer": fused.get("fused_by_trainer", False),
         "calls": policy["calls"] if policy else 0,
         "products_per_call": round(policy["products"] / policy["calls"], 3) if policy and policy["calls"] else None,
-        "other_models": len(models) - 1 if models else 0,
         "refusals": sorted({model["refusal"] for model in models if model["refusal"]}),
         "materialised": [each for model in models for each in model["materialised"]],
         "disagrees": None,

@@ -18,15 +18,6 @@ class Stack:
     fused_in_script: tuple[str, ...] = ()  # objectives also run with fuse(model), as the launcher patches their trainer
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A stack that is not trained with here, and why."""
-
-    title: str
-    reason: str
-    instead: str
-
-
 TRL = {"recipe": "trl_trainers.py", "fused_in_script": ("orpo",)}
 
 STACKS = {
@@ -128,5 +119,3 @@ STACKS = {
         },
     ),
 }
-
-ABSENT: dict[str, Absent] = {}

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import ROOT
-from tests.ecosystem.stacks import ABSENT, STACKS
+from tests.ecosystem.stacks import STACKS
 
 RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
 DOCUMENT = ROOT / "docs" / "stacks.md"
 MARKED = re.compile(r"(<!-- ecosystem -->\n).*?(<!-- /ecosystem -->)", re.DOTALL)
 HEADER = ("stack", "objective", "losses differ", "gradient norms differ", "products a call", "full logits for")
+
+UNCALLED = {True: "trainer's patch", False: "head not called"}
 
 
 def load() -> dict[str, Any]:
@@ -39,13 +41,15 @@ def table(record: dict[str, Any]) -> str:
         for objective, run in found["runs"].items():
             rows.append((title, objective, *_cells(run)))
             title = ""
-    for absent in ABSENT.values():
-        rows.append((absent.title, absent.instead, "not run", "", "", absent.reason))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _titled(title: str, versions: dict[str, str]) -> str:
-    others = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("torch", "accelerate") and not title.replace("-", "").lower().startswith(name))
+    others = ", ".join(
+        f"{name} {version}"
+        for name, version in versions.items()
+        if name not in ("torch", "accelerate") and not title.replace("-", "").lower().startswith(name)
+    )
     return f"{title} ({others})" if others else title
 
 
@@ -56,7 +60,7 @@ def _cells(run: dict[str, Any]) -> tuple[str, ...]:
         return f"**{_one_line(run['disagrees'])}**", "", "", ""
     differ = [f"{run['differences'].get(name, 0.0):.0e}" for name in ("loss", "gradient")]
     each = run["products_per_call"]
-    products = f"{each:.2f}" if each else "refused" if run["refusals"] else "head not called"
+    products = f"{each:.2f}" if each else "refused" if run["refusals"] else UNCALLED[run["fused_by_trainer"]]
     full = sorted({f"{found['operation']} ({found['where']})" for found in run["materialised"]})
     return *differ, products, _one_line("; ".join([*full, *run["refusals"]]) or "nothing")
 

@@ -3,7 +3,7 @@
     exp_gemm    hidden states and head to E, and the overflowed rows of it again
     rows        what stands between the products: vectors over targets, rows of features
     pairs       counting and compacting labels, and the odds-ratio loss
-    common      the epilogue, functions of several kernels, and ``launch``
+    common      the epilogue, and functions of several kernels
     configs     tiles, as data
 
 All but ``configs`` import triton, so they load when first used.
@@ -12,12 +12,33 @@ All but ``configs`` import triton, so they load when first used.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from orpo_kernels.settings import Head
 
 if TYPE_CHECKING:
     from orpo_kernels.backends.kernels import common, exp_gemm, pairs, rows
 
-__all__ = ["common", "exp_gemm", "pairs", "rows"]
+__all__ = ["Chunk", "Out", "common", "exp_gemm", "pairs", "rows"]
+
+
+class Chunk(NamedTuple):
+    """What logits are made of: gathered hidden rows, one for each of n targets, and the head."""
+
+    hidden: Tensor  # [n, H]
+    ids: Tensor  # [n]
+    head: Head
+    shift: Tensor  # [n] float32, what each row's logits are shifted by
+
+
+class Out(NamedTuple):
+    """What a slice of s tokens leaves, each where it is given."""
+
+    exp_logits: Tensor | None  # E, [n, s]
+    sums: Tensor | None = None  # [tiles or more, n] float32, of the exponentials in a tile of tokens
+    logit_sums: Tensor | None = None  # of the capped logits
 
 
 def __getattr__(name: str) -> Any:

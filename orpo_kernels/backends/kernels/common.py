@@ -1,4 +1,4 @@
-"""What several kernels share: how one is launched, the epilogue that makes E, and functions that do not cancel.
+"""What several kernels share: the epilogue that makes E, and functions that do not cancel.
 
 Symbols as in docs/kernels.md: N targets, that is pairs of a hidden row and a token id; V tokens of a *slice* ``[first,
 first + V)`` of the vocabulary; H features; E the shifted exponentials of the logits and S their sums. Every sum has one
@@ -7,11 +7,6 @@ owner and a fixed order, so two runs give the same bits; there are no atomics. O
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,28 +25,6 @@ ANY_BATCH = {
         "out_rows_ptr", "a_ptr", "b_ptr", "kind_ptr", "offsets_ptr", "g_ptr", "table_ptr",
     ],
 }  # fmt: skip
-
-Take = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]
-_take: ContextVar[Take | None] = ContextVar("_take", default=None)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Start a kernel, or hand it to whoever is ``recording``."""
-    take = _take.get()
-    if take is None:
-        kernel[grid](*args, **meta)
-    else:
-        take(kernel, grid, args, meta)
-
-
-@contextmanager
-def recording(take: Take) -> Iterator[None]:
-    """Within, launches of this thread give kernel, grid, arguments and constants to ``take`` and start nothing."""
-    token = _take.set(take)
-    try:
-        yield
-    finally:
-        _take.reset(token)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,9 +2,7 @@
 in their epilogue, the epilogue alone, and overflowed rows again.
 
 Symbols and rules as in ``common.py``. Logits exist only in registers, except in ``exp_pass_kernel``, whose tile another
-product wrote. The launchers of the three forms take the same tensors: ``hidden [n, H]``, the token ``ids [n]`` and
-``shift [n]`` of its rows, the slice ``tokens``; they write ``exp_logits [n, s]``, and of every tile of tokens
-``sums [tiles, n]`` of the exponentials and ``logit_sums`` of the capped logits, where these are given.
+product wrote.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from orpo_kernels.backends.kernels.common import ANY_BATCH, _epilogue, _logits, _part, _place, cdiv, launch, stride_of
+from orpo_kernels.backends.kernels import Chunk, Out
+from orpo_kernels.backends.kernels.common import ANY_BATCH, _epilogue, _logits, _part, _place, cdiv, stride_of
 from orpo_kernels.backends.kernels.configs import RECOMPUTE, RECOMPUTE_FLOAT32, Tile
-from orpo_kernels.settings import Head
 
 SPLITS = 16  # programs that a block of overflowed rows is spread over
 
@@ -47,18 +45,9 @@ def exp_gemm_tma_kernel(
         )  # fmt: skip
 
 
-def exp_gemm_tma(
-    tile: Tile,
-    hidden: Tensor,
-    ids: Tensor,
-    head: Head,
-    shift: Tensor,
-    tokens: slice,
-    exp_logits: Tensor | None,
-    sums: Tensor | None,
-    logit_sums: Tensor | None,
-) -> None:
+def exp_gemm_tma(tile: Tile, chunk: Chunk, tokens: slice, out: Out) -> None:
     """E of the ``tokens``; rows of hidden, weight and E begin at multiples of 16 bytes."""
+    (hidden, ids, head, shift), (exp_logits, sums, logit_sums) = chunk, out
     size, programs = tokens.stop - tokens.start, _cores(hidden.device)
     a = TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h])
     b = TensorDescriptor.from_tensor(head.weight[tokens], [tile.block_v, tile.block_h])
@@ -68,7 +57,7 @@ def exp_gemm_tma(
     tensors = (a, b, e, head.bias, shift, ids, sums, logit_sums)
     scalars = (hidden.shape[0], size, hidden.shape[1], tokens.start, head.logit_scale, head.softcap)
     grid = (min(programs, _tiles(tile, hidden.shape[0], size)),)
-    launch(exp_gemm_tma_kernel, grid, *tensors, *scalars, PROGRAMS=programs, FLATTEN=tile.flatten, **_gemm(tile))
+    exp_gemm_tma_kernel[grid](*tensors, *scalars, PROGRAMS=programs, FLATTEN=tile.flatten, **_gemm(tile))
 
 
 @triton.jit(**ANY_BATCH)
@@ -108,23 +97,14 @@ def exp_gemm_kernel(
     )  # fmt: skip
 
 
-def exp_gemm(
-    tile: Tile,
-    hidden: Tensor,
-    ids: Tensor,
-    head: Head,
-    shift: Tensor,
-    tokens: slice,
-    exp_logits: Tensor | None,
-    sums: Tensor | None,
-    logit_sums: Tensor | None,
-) -> None:
+def exp_gemm(tile: Tile, chunk: Chunk, tokens: slice, out: Out) -> None:
     """E of the ``tokens``; features lie next to each other, rows may begin anywhere."""
+    (hidden, ids, head, shift), (exp_logits, sums, logit_sums) = chunk, out
     (n, features), weight, size = hidden.shape, head.weight, tokens.stop - tokens.start
     tensors = (hidden, weight, exp_logits, head.bias, shift, ids, sums, logit_sums)
     sizes = (n, size, features, tokens.start, hidden.stride(0), weight.stride(0), stride_of(exp_logits))
     scalars, even = (*sizes, head.logit_scale, head.softcap), features % tile.block_h == 0
-    launch(exp_gemm_kernel, (_tiles(tile, n, size),), *tensors, *scalars, EVEN_H=even, **_gemm(tile))
+    exp_gemm_kernel[(_tiles(tile, n, size),)](*tensors, *scalars, EVEN_H=even, **_gemm(tile))
 
 
 @triton.jit(**ANY_BATCH)
@@ -145,23 +125,13 @@ def exp_pass_kernel(
     )  # fmt: skip
 
 
-def exp_pass(
-    tile: Tile,
-    logits: Tensor,
-    ids: Tensor,
-    head: Head,
-    shift: Tensor,
-    first: int,
-    exp_logits: Tensor | None,
-    sums: Tensor | None,
-    logit_sums: Tensor | None,
-) -> None:
+def exp_pass(tile: Tile, chunk: Chunk, logits: Tensor, first: int, out: Out) -> None:
     """E of the tokens from ``first`` on, out of their float32 products ``logits [n, s]``."""
-    n, size = logits.shape
+    (_, ids, head, shift), (exp_logits, sums, logit_sums), (n, size) = chunk, out, logits.shape
     tensors = (logits, exp_logits, head.bias, shift, ids, sums, logit_sums)
     scalars = (n, size, first, logits.stride(0), stride_of(exp_logits), head.logit_scale, head.softcap)
     meta = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "num_warps": tile.warps}
-    launch(exp_pass_kernel, (_tiles(tile, n, size),), *tensors, *scalars, **meta)
+    exp_pass_kernel[(_tiles(tile, n, size),)](*tensors, *scalars, **meta)
 
 
 @triton.jit(**ANY_BATCH)
@@ -221,18 +191,13 @@ def recompute_overflowed_kernel(
 
 
 def recompute_overflowed(
-    hidden: Tensor,
-    ids: Tensor,
-    head: Head,
-    shift: Tensor,
-    overflowed: Tensor,
-    tokens: slice,
-    exp_logits: Tensor | None,
+    chunk: Chunk, overflowed: Tensor, tokens: slice, exp_logits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """E of the overflowed rows of a slice under their largest logit; ``shift`` stays as it is.
+    """E of the overflowed rows of a slice under their largest logit; the chunk's shift stays as it is.
 
     Returns, for overflowed rows, the ``sums [splits, n]`` of E under the new shift and the ``maxima`` of the logits.
     """
+    hidden, ids, head, shift = chunk
     (n, features), weight, size = hidden.shape, head.weight, tokens.stop - tokens.start
     tile = RECOMPUTE_FLOAT32 if hidden.dtype == torch.float32 else RECOMPUTE
     sums, maxima = shift.new_empty((2, SPLITS, n))
@@ -240,7 +205,7 @@ def recompute_overflowed(
         tensors = (hidden, weight, out, head.bias, shift, ids, overflowed, maxima, own_sums)
         sizes = (n, size, features, tokens.start, hidden.stride(0), weight.stride(0), stride_of(out))
         scalars, grid = (*sizes, head.logit_scale, head.softcap), (cdiv(n, tile.block_n), SPLITS)
-        launch(recompute_overflowed_kernel, grid, *tensors, *scalars, SPLITS=SPLITS, **_blocks(tile))
+        recompute_overflowed_kernel[grid](*tensors, *scalars, SPLITS=SPLITS, **_blocks(tile))
     return sums, maxima
 
 

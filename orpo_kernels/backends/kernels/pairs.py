@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.backends.kernels.common import ANY_BATCH, _expm1, _log1p, launch
+from orpo_kernels.backends import GivenPairs
+from orpo_kernels.backends.kernels.common import ANY_BATCH, _expm1, _log1p
 from orpo_kernels.objectives import CHOSEN_BOUND, REJECTED_BOUND
 from orpo_kernels.targets import Columns, Pairs
 
@@ -77,7 +78,7 @@ def count(labels: Tensor, nll_labels: Tensor, offsets: Tensor, table: Tensor, ig
     """Write ``table [2P, 8]``, all chosen sequences before all rejected ones."""
     sequences = table.shape[0]
     tensors = (labels, nll_labels, offsets, table)
-    launch(count_kernel, (sequences,), *tensors, sequences // 2, ignore_index, BLOCK=BLOCK, num_warps=4)
+    count_kernel[(sequences,)](*tensors, sequences // 2, ignore_index, BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -138,7 +139,7 @@ def compact(
     sequences = counts.shape[0]
     tensors = (labels, nll_labels, starts, counts, *columns)
     blocks = {"BLOCK": BLOCK, "SEQUENCES": SEQUENCES}
-    launch(compact_kernel, (sequences,), *tensors, sequences // 2, ignore_index, **blocks, num_warps=4)
+    compact_kernel[(sequences,)](*tensors, sequences // 2, ignore_index, **blocks, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -210,21 +211,14 @@ def odds_ratio_kernel(
 
 
 def odds_ratio(
-    logps: Tensor,  # [n], as means and g
-    means: Tensor,
-    pairs: Pairs,
-    g: Tensor,
-    table: Tensor,  # [10, G]
-    by_sequence: bool,
-    *,
-    beta: float,
-    nll_weight: float,
+    logps: Tensor, means: Tensor, pairs: Pairs, given: GivenPairs, beta: float, g: Tensor, table: Tensor
 ) -> None:
-    """Write ``g`` and ``table``."""
+    """Write ``g`` and ``table [10, G]``; ``logps``, ``means`` and g are ``[n]``."""
     group, sizes = table.shape[1], pairs.sizes
     tensors = (logps, means, pairs.kind, pairs.offsets, pairs.counts, g, table)
-    shares = (1.0 / max(n, 1) for n in (sizes.valid, sizes.nll_sequences if by_sequence else sizes.nll, *sizes.sides))
+    nlls = sizes.nll_sequences if given.by_sequence else sizes.nll
+    shares = (1.0 / max(n, 1) for n in (sizes.valid, nlls, *sizes.sides))
     whole = (group, len(sizes.pairs), pairs.first, pairs.begin)
     bounds = (CHOSEN_BOUND, REJECTED_BOUND, torch.finfo(torch.float32).tiny)
-    flags = {"BLOCK": BLOCK, "BY_SEQUENCE": by_sequence}
-    launch(odds_ratio_kernel, (group,), *tensors, *whole, beta, nll_weight, *shares, *bounds, **flags, num_warps=4)
+    flags = {"BLOCK": BLOCK, "BY_SEQUENCE": given.by_sequence}
+    odds_ratio_kernel[(group,)](*tensors, *whole, beta, given.nll_weight, *shares, *bounds, **flags, num_warps=4)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.backends.kernels.common import ANY_BATCH, _cap, _log1p, cdiv, launch, stride_of
-from orpo_kernels.settings import Head
+from orpo_kernels.backends.kernels import Chunk
+from orpo_kernels.backends.kernels.common import ANY_BATCH, _cap, _log1p, cdiv, stride_of
 
 VECTOR = 128  # elements of a program that only touches vectors
 REDUCED_ROWS = 32  # rows of a program that reduces something over tiles or splits
@@ -49,21 +49,19 @@ def label_kernel(
 
 
 def label(
-    hidden: Tensor,  # [n, H]
-    ids: Tensor,  # [n]
-    head: Head,
+    chunk: Chunk,
     mean_weight: Tensor | None,  # [H], where mean logits are wanted that no tile gives
     label: Tensor,  # [n], as all below
     slope: Tensor,
-    shift: Tensor,
     sum_exp: Tensor,
     means: Tensor | None,
 ) -> None:
-    """Write ``label``, ``slope``, ``shift``, ``sum_exp`` and ``means``."""
+    """Write ``label``, ``slope``, the chunk's ``shift``, ``sum_exp`` and ``means``."""
+    hidden, ids, head, shift = chunk
     n, features = hidden.shape
     tensors = (hidden, head.weight, head.bias, ids, mean_weight, label, slope, shift, sum_exp, means)
     scalars = (features, hidden.stride(0), head.weight.stride(0), head.logit_scale, head.softcap)
-    launch(label_kernel, (n,), *tensors, *scalars, BLOCK_H=_block(features), num_warps=4)
+    label_kernel[(n,)](*tensors, *scalars, BLOCK_H=_block(features), num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -110,7 +108,7 @@ def reduce_tiles(
     """Add the first ``tiles`` rows of sums to ``sum_exp`` and ``means``; write ``overflowed``."""
     n = sum_exp.numel()
     tensors, blocks = (sums, logit_sums, sum_exp, means, overflowed), {"BLOCK_N": REDUCED_ROWS, "BLOCK_T": 32}
-    launch(reduce_tiles_kernel, (cdiv(n, REDUCED_ROWS),), *tensors, n, tiles, most, inv_vocab, **blocks, num_warps=4)
+    reduce_tiles_kernel[(cdiv(n, REDUCED_ROWS),)](*tensors, n, tiles, most, inv_vocab, **blocks, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -156,7 +154,7 @@ def rescale(
     tensors = (sums, maxima, sum_exp, shift, overflowed, grad_logp_hidden)
     blocks = {"BLOCK_N": REDUCED_ROWS, "BLOCK_H": 64, "SPLITS": splits}
     sizes = (n, features, stride_of(grad_logp_hidden))
-    launch(rescale_kernel, (cdiv(n, REDUCED_ROWS),), *tensors, *sizes, **blocks, num_warps=4)
+    rescale_kernel[(cdiv(n, REDUCED_ROWS),)](*tensors, *sizes, **blocks, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -186,7 +184,7 @@ def finalize(
     """All are ``[n]``. ``label_entry`` holds the cap's slope at the label and becomes the label's entry."""
     n = sum_exp.numel()
     tensors = (label, shift, sum_exp, logps, inv_denom, label_entry)
-    launch(finalize_kernel, (cdiv(n, VECTOR),), *tensors, n, BLOCK_N=VECTOR, num_warps=4)
+    finalize_kernel[(cdiv(n, VECTOR),)](*tensors, n, BLOCK_N=VECTOR, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -204,7 +202,7 @@ def label_entries(exp_logits: Tensor, label_entry: Tensor, ids: Tensor, first: i
     """Write ``label_entry [n]`` at the labels' places in E ``[n, s]`` of the tokens from ``first`` on."""
     n, size = exp_logits.shape
     tensors, sizes = (exp_logits, label_entry, ids), (n, size, first, exp_logits.stride(0))
-    launch(label_entry_kernel, (cdiv(n, VECTOR),), *tensors, *sizes, BLOCK_N=VECTOR, num_warps=4)
+    label_entry_kernel[(cdiv(n, VECTOR),)](*tensors, *sizes, BLOCK_N=VECTOR, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -256,8 +254,7 @@ def rows(
     block = _block(features)
     tensors = (source, out, source_rows, out_rows, a, b, label_entry, weight, ids)
     scalars = (features, source.stride(0), out.stride(0), stride_of(weight), factor)
-    if n:
-        launch(rows_kernel, (n, cdiv(features, block)), *tensors, *scalars, BLOCK_H=block, num_warps=4)
+    rows_kernel[(n, cdiv(features, block))](*tensors, *scalars, BLOCK_H=block, num_warps=4)
 
 
 @triton.jit(**ANY_BATCH)
@@ -277,7 +274,7 @@ def scale(values: Tensor, by: Tensor) -> None:
     """``values *= by`` in place, for a scalar ``by`` on the device."""
     size, block, steps = values.numel(), 1024, 16
     if size:
-        launch(scale_kernel, (cdiv(size, block * steps),), values, by, size, BLOCK=block, STEPS=steps, num_warps=4)
+        scale_kernel[(cdiv(size, block * steps),)](values, by, size, BLOCK=block, STEPS=steps, num_warps=4)
 
 
 def _block(features: int) -> int:

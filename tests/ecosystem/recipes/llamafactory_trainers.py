@@ -29,7 +29,11 @@ def write_data(folder: Path) -> None:
         "sft": [{"instruction": row["prompt"], "output": row["chosen"]} for row in rows],
         "dpo": [{"instruction": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows],
         "kto": [
-            {"instruction": row["prompt"], "output": row["chosen" if index % 2 else "rejected"], "good": bool(index % 2)}
+            {
+                "instruction": row["prompt"],
+                "output": row["chosen" if index % 2 else "rejected"],
+                "good": bool(index % 2),
+            }
             for index, row in enumerate(rows)
         ],
     }

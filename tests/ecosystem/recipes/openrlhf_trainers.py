@@ -28,9 +28,7 @@ class Strategy:
         self.args = SimpleNamespace(
             model=SimpleNamespace(label_smoothing=0.0, ipo_enable=False, aux_loss_coef=0.0, nll_loss_coef=0.1),
             ds=SimpleNamespace(packing_samples=False),
-            logger=SimpleNamespace(
-                wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=1
-            ),
+            logger=SimpleNamespace(wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=1),
             eval=SimpleNamespace(steps=-1),
             ckpt=SimpleNamespace(save_steps=-1),
             train=SimpleNamespace(batch_size=4),
@@ -58,7 +56,9 @@ class Strategy:
 class Logged(DPOTrainer):
     """DPOTrainer that keeps its figures."""
 
-    def save_logs_and_checkpoints(self, args: Any, step: int, bar: Any, logs_dict: Any = None, states: Any = None) -> None:
+    def save_logs_and_checkpoints(
+        self, args: Any, step: int, bar: Any, logs_dict: Any = None, states: Any = None
+    ) -> None:
         self.history.append(dict(logs_dict))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import random
+import logging
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -58,24 +59,30 @@ def pairs(count: int = 16, seed: int = 0) -> list[dict[str, str]]:
     def sentence(longest: int) -> str:
         return " ".join(chance.choices(WORDS, k=chance.randint(2, longest)))
 
-    return [
-        {"prompt": sentence(8), "chosen": " " + sentence(13), "rejected": " " + sentence(13)} for _ in range(count)
-    ]
+    return [{"prompt": sentence(8), "chosen": " " + sentence(13), "rejected": " " + sentence(13)} for _ in range(count)]
 
 
-def conversations(rows: list[dict[str, str]]) -> list[dict[str, list[dict[str, str]]]]:
-    """The same pairs as messages."""
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return [{key: [{"role": roles[key], "content": text.strip()}] for key, text in row.items()} for row in rows]
+class _Said(logging.Handler):
+    """What a patched trainer says of the loss that it computes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def main(objectives: Collection[str], train: Callable[[str], list[dict[str, Any]]], *packages: str) -> None:
     """Train each objective that the command line names after OUTPUT.json, and write what was logged and found."""
     output, *asked = sys.argv[1:]
     runs: dict[str, dict[str, Any]] = {}
+    said = _Said()
+    logging.getLogger("orpo_kernels").addHandler(said)
     for objective in asked or objectives:
         heads = sys.modules.get("orpo_kernels.integrations.lazy.heads")
         before = len(heads.reports()) if heads else 0
+        said.lines.clear()
         try:
             runs[objective] = {"history": train(objective)}
         except Exception as error:  # the others are still worth their run, and the driver shows this one
@@ -83,6 +90,7 @@ def main(objectives: Collection[str], train: Callable[[str], list[dict[str, Any]
             runs[objective] = {"error": f"{type(error).__name__}: {error}"}
         heads = sys.modules.get("orpo_kernels.integrations.lazy.heads")
         runs[objective]["models"] = [_model(*found) for found in heads.reports()[before:]] if heads else []
+        runs[objective]["fused_by_trainer"] = any("fused the loss of this" in line for line in said.lines)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
     with open(output, "w") as file:
         json.dump({"versions": versions, "runs": runs}, file)

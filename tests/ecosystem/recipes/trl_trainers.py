@@ -87,9 +87,7 @@ def train(objective: str) -> list[dict[str, Any]]:
         more: dict[str, Any] = {"reward_funcs": reward} if objective == "grpo" else {}
         if objective in ("dpo", "kto"):
             more["ref_model"] = tiny.model(seed=1)
-        trainer = trainer_class(
-            model=tiny.model(), args=arguments, train_dataset=data(objective), **tokenizer, **more
-        )
+        trainer = trainer_class(model=tiny.model(), args=arguments, train_dataset=data(objective), **tokenizer, **more)
         trainer.train()
     return trainer.state.log_history
 

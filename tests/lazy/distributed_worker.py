@@ -1,0 +1,310 @@
+"""One of two processes on gloo: every layout of data parallel and sharded training, stock and fused, on one start.
+
+usage: python -m tests.lazy.distributed_worker RANK FOLDER
+
+Writes FOLDER/rank{RANK}.json: of each layout and mode the errors against one process that saw the whole batch in
+float64, or the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather, gather_object, pad_across_processes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.accuracy import relative_error
+from orpo_kernels.integrations import fuse, fusion_report
+from tests.integrations.models import VOCAB, batch, llama
+
+Batch = tuple[Tensor, Tensor]  # ids and labels
+
+IDS = batch().inputs["input_ids"]
+STEPS, PROMPT = 2, 3
+# A power of two, so that a gradient is what SGD moved, divided by it, to the last bits of the weight.
+RATE = 2.0**-6
+MODES = ("stock", "fused", "unknown")  # unknown: fused, and an operation nobody knows reads the logits as well
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over two ranks."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+    tied: bool = False
+    accumulates: bool = False  # the rank's half of the batch in two parts, with gradients reduced after the second
+    autocast: bool = False
+    empty: bool = False  # whether nothing of the second rank's half is scored
+    exact: bool = True  # float64 throughout; else float32 weights that something computes with in bfloat16
+
+
+LATE = ("ddp", "fsdp1", "fsdp2 root", "fsdp2 root keeps weights", "fsdp2 head", "fsdp2 tail")
+
+
+def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        if options.get("find_unused_parameters"):
+            model.nowhere = nn.Linear(3, 3, dtype=model.lm_head.weight.dtype)  # a parameter that is in fact unused
+        return DistributedDataParallel(model, **options)
+
+    return wrap
+
+
+def fsdp1(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+def fsdp2(*units: str, root: bool | None = None, layers: bool = False, **options: Any) -> Callable[..., nn.Module]:
+    """``fully_shard`` of the layers, of one more unit with the named modules, and of the root."""
+    reshard = options.pop("reshard", True)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        shard: dict[str, Any] = {"mesh": mesh(), **options}
+        for layer in model.model.layers if layers else []:
+            fully_shard(layer, **shard)
+        if units:
+            fully_shard([model.get_submodule(name) for name in units], reshard_after_forward=reshard, **shard)
+        return fully_shard(model, reshard_after_forward=root, **shard)
+
+    return wrap
+
+
+_meshes: list[DeviceMesh] = []
+
+
+def mesh() -> DeviceMesh:
+    """Of both ranks."""
+    if not _meshes:
+        _meshes.append(init_device_mesh("cpu", (2,)))
+    return _meshes[0]
+
+
+BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)  # as accelerate's bf16 has it
+TAIL = ("model.norm", "lm_head")
+LAYOUTS: dict[str, Layout] = {
+    "ddp": Layout(ddp()),
+    "ddp tied": Layout(ddp(), tied=True),
+    "ddp find_unused_parameters": Layout(ddp(find_unused_parameters=True)),
+    "ddp find_unused_parameters tied": Layout(ddp(find_unused_parameters=True), tied=True),
+    "ddp static_graph": Layout(ddp(static_graph=True)),
+    "ddp static_graph tied": Layout(ddp(static_graph=True), tied=True),
+    "ddp gradients as views": Layout(ddp(gradient_as_bucket_view=True)),
+    "ddp accumulates": Layout(ddp(), accumulates=True),
+    "ddp empty rank": Layout(ddp(), empty=True),
+    "ddp autocast": Layout(ddp(), autocast=True, exact=False),
+    "fsdp1": Layout(fsdp1(use_orig_params=True)),
+    "fsdp1 flat parameters": Layout(fsdp1(use_orig_params=False)),
+    "fsdp1 keeps weights": Layout(fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)),
+    "fsdp1 bf16": Layout(
+        fsdp1(use_orig_params=True, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)), exact=False
+    ),
+    "fsdp1 tied": Layout(fsdp1(use_orig_params=True), tied=True),
+    "fsdp2 root": Layout(fsdp2(root=True)),
+    "fsdp2 root tied": Layout(fsdp2(root=True), tied=True),
+    "fsdp2 root keeps weights": Layout(fsdp2(root=False)),
+    "fsdp2 layers": Layout(fsdp2(layers=True)),
+    "fsdp2 layers empty rank": Layout(fsdp2(layers=True), empty=True),
+    "fsdp2 layers accumulates": Layout(fsdp2(layers=True), accumulates=True),
+    "fsdp2 root bf16": Layout(fsdp2(root=True, mp_policy=BF16), exact=False),
+    "fsdp2 tail": Layout(fsdp2(*TAIL, layers=True, reshard=False)),  # accelerate's grouping
+    "fsdp2 tail bf16": Layout(fsdp2(*TAIL, layers=True, reshard=False, mp_policy=BF16), exact=False),
+    "fsdp2 head": Layout(fsdp2("lm_head", reshard=True)),
+    "fsdp2 head empty rank": Layout(fsdp2("lm_head", reshard=True), empty=True),
+    "fsdp2 head bf16": Layout(fsdp2("lm_head", reshard=True, mp_policy=BF16), exact=False),
+    "fsdp2 head keeps weights": Layout(fsdp2("lm_head", reshard=False)),
+}
+
+
+def labels_of(layout: Layout, ids: Tensor) -> Tensor:
+    """Next tokens behind the prompt."""
+    labels = ids[:, 1:].clone()
+    labels[:, :PROMPT] = -100
+    if layout.empty:
+        labels[len(labels) // 2 :] = -100
+    return labels
+
+
+def loss_of(logits: Tensor, labels: Tensor, unknown: bool) -> Tensor:
+    """Two consumers of the same logits, one of them not linear in its log-probabilities; a mean over sequences."""
+    scored = labels != -100
+    logps = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    answer = (logps * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+    nll = F.cross_entropy(logits[..., :-1, :].reshape(-1, VOCAB), labels.reshape(-1), reduction="sum")
+    loss = nll / labels.numel() - F.logsigmoid(answer).mean()
+    return loss + logits.sort(-1).values[..., -5:].square().mean() if unknown else loss
+
+
+def weights_of(wrapped: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter in full, whatever holds it."""
+    if isinstance(wrapped, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): weight.detach().double().clone()
+                for name, weight in wrapped.named_parameters()
+            }
+    return {
+        name: (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().double().clone()
+        for name, weight in model.named_parameters()
+    }
+
+
+@contextlib.contextmanager
+def without_reduction(wrapped: nn.Module) -> Any:
+    if hasattr(wrapped, "no_sync"):
+        with wrapped.no_sync():
+            yield
+    else:
+        wrapped.set_requires_gradient_sync(False)
+        yield
+        wrapped.set_requires_gradient_sync(True)
+
+
+def train(layout: Layout, batch: Batch, mode: str, alone: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The gradients of every step and the loss in evaluation; and what the report of a fused model says."""
+    model = llama(tie_word_embeddings=layout.tied).to(torch.float64 if layout.exact or alone else torch.float32)
+    if mode != "stock" and not alone:
+        fuse(model)
+    wrapped = model if alone else layout.wrap(model)
+    optimiser = torch.optim.SGD(wrapped.parameters(), lr=RATE)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=layout.autocast and not alone)
+    unknown, found = mode == "unknown", {}
+
+    def backward(ids: Tensor, labels: Tensor, weight: float = 1.0) -> None:
+        with cast:
+            logits = wrapped(input_ids=ids).logits
+        (weight * loss_of(logits, labels, unknown)).backward()
+
+    before = weights_of(wrapped, model)
+    for step in range(STEPS):
+        if layout.accumulates and not alone:
+            first, second = zip(*(each.chunk(2) for each in batch), strict=True)
+            with without_reduction(wrapped):
+                backward(*first, 0.5)
+            backward(*second, 0.5)
+        else:
+            backward(*batch)
+        optimiser.step()
+        optimiser.zero_grad()
+        after = weights_of(wrapped, model)
+        found.update({f"step {step}: {name}": (before[name] - after[name]) / RATE for name in before})
+        before = after
+    with torch.no_grad(), cast:
+        loss = loss_of(wrapped(input_ids=batch[0]).logits, batch[1], unknown).double()
+    if not alone:
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    found["loss in evaluation"] = loss
+    report = fusion_report(model)
+    said = {
+        "calls": report.calls,
+        "products": report.products,
+        "materialised": [[record.operation, record.where, record.count] for record in report.materialised],
+    }
+    return found, said if mode != "stock" and not alone else {}
+
+
+def judge(layout: Layout, mode: str, rank: int) -> dict[str, Any]:
+    """Errors of one layout."""
+    whole = IDS, labels_of(layout, IDS)
+    truth, _ = train(layout, whole, mode, alone=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, said = train(layout, (whole[0].chunk(2)[rank], whole[1].chunk(2)[rank]), mode)
+    except Exception:  # the layouts after this one are still worth their results
+        return {"traceback": traceback.format_exc()}
+    errors = {name: relative_error(found[name], expected) for name, expected in truth.items()}
+    return {"errors": errors, **said}
+
+
+def gathered(logits: Tensor) -> dict[str, Tensor]:
+    """What evaluation loops do with logits of several ranks."""
+    parts = [torch.empty(logits.shape, dtype=logits.dtype) for _ in range(2)]
+    dist.all_gather(parts, logits)
+    total = logits.clone()
+    dist.all_reduce(total)
+    padded = pad_across_processes(logits[:, : 5 + dist.get_rank()], dim=1)
+    return {
+        "all_gather": torch.cat(parts),
+        "all_reduce": total,
+        "accelerate gather": gather({"logits": logits})["logits"],
+        "accelerate gather_for_metrics": Accelerator(cpu=True).gather_for_metrics(logits),
+        "accelerate pad and gather": gather(padded),
+        "accelerate gather_object": torch.cat(gather_object([logits.cpu()])),
+    }
+
+
+def collectives(rank: int) -> dict[str, Any]:
+    ids, model = IDS.chunk(2)[rank], llama()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = gathered(model(input_ids=ids).logits)
+        try:
+            found = gathered(fuse(model)(input_ids=ids).logits)
+        except Exception:  # the message is the result
+            return {"traceback": traceback.format_exc()}
+    return {"errors": {name: relative_error(found[name], value) for name, value in expected.items()}}
+
+
+def late(layout: Layout, rank: int) -> dict[str, Any]:
+    """What is said of logits that are first used after a step of their head's optimiser."""
+    model = fuse(llama())
+    wrapped = layout.wrap(model)
+    ids = IDS.chunk(2)[rank]
+    logits = [wrapped(input_ids=ids).logits for _ in range(2)]
+    logits[1].logsumexp(-1).mean().backward()
+    torch.optim.SGD(wrapped.parameters(), lr=1.0).step()
+    try:
+        return {"value": logits[0].logsumexp(-1).sum().item()}
+    except RuntimeError as error:
+        return {"refused": str(error)}
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")  # accelerate asks for them
+    # If one rank fails where the other does not, the other waits no longer than this.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    results = {
+        name: {mode: judge(layout, mode, rank) for mode in MODES if mode == "stock" or layout.exact or mode == "fused"}
+        for name, layout in LAYOUTS.items()
+    }
+    for name in LATE:
+        results[f"{name}, late"] = {"fused": late(LAYOUTS[name], rank)}
+    results["collectives"] = {"fused": collectives(rank)}
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
