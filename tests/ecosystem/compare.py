@@ -54,6 +54,6 @@ def _kept(entry: dict[str, Any]) -> dict[str, float]:
 
 def difference(theirs: float, ours: float) -> float:
     """Relative to the stock figure, or to 1 where that is smaller: margins are differences of figures of that size."""
-    if math.isnan(theirs) and math.isnan(ours):
-        return 0.0
+    if math.isnan(theirs) or math.isnan(ours):
+        return 0.0 if math.isnan(theirs) and math.isnan(ours) else math.inf
     return abs(ours - theirs) / max(abs(theirs), 1.0)

@@ -18,14 +18,16 @@ class Stack:
     fused_in_script: tuple[str, ...] = ()  # objectives also run with fuse(model), as the launcher patches their trainer
 
 
-TRL = {"recipe": "trl_trainers.py", "fused_in_script": ("orpo",)}
+def trl(title: str, *requires: str) -> Stack:
+    return Stack(title, "trl_trainers.py", requires, fused_in_script=("orpo",))
+
 
 STACKS = {
-    "trl-0.16": Stack("TRL 0.16", requires=("trl==0.16.1", "transformers==4.51.3", "peft"), **TRL),
-    "trl-0.24": Stack("TRL 0.24", requires=("trl==0.24.0", "transformers<5", "peft"), **TRL),
-    "trl-0.29": Stack("TRL 0.29", requires=("trl==0.29.1", "transformers<5", "peft"), **TRL),
-    "trl-1.9": Stack("TRL 1.9", requires=("trl==1.9.2", "peft", "requests"), **TRL),
-    "trl-1.16": Stack("TRL 1.16", requires=("trl==1.16.0", "transformers==5.23.0", "peft", "requests"), **TRL),
+    "trl-0.16": trl("TRL 0.16", "trl==0.16.1", "transformers==4.51.3", "peft"),
+    "trl-0.24": trl("TRL 0.24", "trl==0.24.0", "transformers<5", "peft"),
+    "trl-0.29": trl("TRL 0.29", "trl==0.29.1", "transformers<5", "peft"),
+    "trl-1.9": trl("TRL 1.9", "trl==1.9.2", "peft", "requests"),
+    "trl-1.16": trl("TRL 1.16", "trl==1.16.0", "transformers==5.23.0", "peft", "requests"),
     "llamafactory": Stack(
         "LLaMA-Factory",
         recipe="llamafactory_trainers.py",

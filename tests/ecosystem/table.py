@@ -45,12 +45,11 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _titled(title: str, versions: dict[str, str]) -> str:
-    others = ", ".join(
-        f"{name} {version}"
-        for name, version in versions.items()
-        if name not in ("torch", "accelerate") and not title.replace("-", "").lower().startswith(name)
-    )
-    return f"{title} ({others})" if others else title
+    """The stack with its version and that of the transformers under it."""
+    own = title.lower().replace("-", "")
+    shown = [f"{key} {value}" for key, value in versions.items() if key not in ("torch", "accelerate")]
+    shown = [each.split()[1] if own.startswith(each.split()[0]) else each for each in shown]
+    return f"{title} ({', '.join(reversed(shown))})" if shown else title
 
 
 def _cells(run: dict[str, Any]) -> tuple[str, ...]:
@@ -58,7 +57,7 @@ def _cells(run: dict[str, Any]) -> tuple[str, ...]:
         return "not run", "", "", _one_line(run["skipped"])
     if run["differences"] is None:
         return f"**{_one_line(run['disagrees'])}**", "", "", ""
-    differ = [f"{run['differences'].get(name, 0.0):.0e}" for name in ("loss", "gradient")]
+    differ = [f"{run['differences'].get(name, 0.0):.0e}".replace("0e+00", "0") for name in ("loss", "gradient")]
     each = run["products_per_call"]
     products = f"{each:.2f}" if each else "refused" if run["refusals"] else UNCALLED[run["fused_by_trainer"]]
     full = sorted({f"{found['operation']} ({found['where']})" for found in run["materialised"]})

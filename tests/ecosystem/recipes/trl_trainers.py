@@ -63,7 +63,7 @@ def train(objective: str) -> list[dict[str, Any]]:
     trainer_class, config_class = (find(f"{name}{what}", experimental) for what in ("Trainer", "Config"))
     known = {field.name for field in dataclasses.fields(config_class)}
     if objective == "sft-nll" and getattr(config_class, "loss_type", "nll") == "nll":
-        raise LookupError("this is the default of this version, as above")
+        raise LookupError("sft is that already, so this is not to be recorded")
     settings = {
         "max_steps": tiny.STEPS,
         "per_device_train_batch_size": 4,
