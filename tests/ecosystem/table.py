@@ -46,10 +46,14 @@ def table(record: dict[str, Any]) -> str:
 
 def _titled(title: str, versions: dict[str, str]) -> str:
     """The stack with its version and that of the transformers under it."""
-    own = title.lower().replace("-", "")
-    shown = [f"{key} {value}" for key, value in versions.items() if key not in ("torch", "accelerate")]
-    shown = [each.split()[1] if own.startswith(each.split()[0]) else each for each in shown]
-    return f"{title} ({', '.join(reversed(shown))})" if shown else title
+
+    def own(name: str) -> bool:
+        return title.lower().replace("-", "").startswith(name.replace("-", ""))
+
+    names = [name for name in versions if name not in ("torch", "accelerate", "transformers")]
+    names = [*sorted(names, key=own, reverse=True), *(["transformers"] if versions else [])]
+    shown = [versions[name] if own(name) else f"{name} {versions[name]}" for name in names]
+    return f"{title} ({', '.join(shown)})" if shown else title
 
 
 def _cells(run: dict[str, Any]) -> tuple[str, ...]:
