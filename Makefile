@@ -13,7 +13,7 @@ PEERS := build/peers
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint types bench compile gpu tune wheelhouse clean
+.PHONY: help install demo test quick lint types bench ecosystem compile gpu tune wheelhouse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ types: install  ## mypy, strict
 bench: install  ## record this machine's figures under benchmarks/results/ and put them into the documents
 	$(PY) -m benchmarks record $(ARGS)
 	$(PY) -m benchmarks render
+
+# Environments of their own under build/ecosystem, about 1.2 GB each; ARGS names stacks of tests/ecosystem/stacks.py.
+ecosystem: install  ## train real stacks (TRL versions, LLaMA-Factory, ms-swift, ...) stock and fused, and record how they agree
+	$(PY) -m tests.ecosystem $(ARGS)
 
 compile: install  ## compile every kernel for chips that need not be there
 	$(PY) -m benchmarks compile $(ARGS)

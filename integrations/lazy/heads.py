@@ -220,10 +220,8 @@ class _Everywhere:
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of ``PreTrainedModel.__call__``."""
         if not torch.compiler.is_compiling() and model not in _Everywhere.seen:
-            from transformers.generation import GenerationMixin
-
             _Everywhere.seen.add(model)
-            if isinstance(model, GenerationMixin):
+            if model.can_generate():  # before 4.52 every model is a GenerationMixin, those without a head too
                 fuse(model, **_Everywhere.settings._asdict())
         return nn.Module.__call__(model, *args, **kwargs)
 

@@ -12,8 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from orpo_kernels.integrations import fused as fusing
+from orpo_kernels.integrations import fusion_report
 from orpo_kernels.integrations import trainer as patching
-from orpo_kernels.integrations.hf_head import Reading, head_module, probes, read
+from orpo_kernels.integrations.hf_head import Reading, detour, head_module, probes, read
+from orpo_kernels.integrations.lazy.heads import patch_transformers, unpatch_transformers
 from tests.integrations.models import ROWS, VOCAB, FakePatch, FakeTrainer, batch, build, llama
 
 
@@ -225,3 +227,20 @@ def test_adapters_with_and_without_a_head_of_their_own() -> None:
     assert compared() is not trained
     model.set_adapter("default")
     assert compared() is trained
+
+
+def test_a_model_first_called_in_a_detour_is_fused_beneath_it() -> None:
+    """The launcher fuses a model at its first call, which a patched trainer makes with the head intercepted."""
+    model, ids = llama(), torch.randint(3, 90, (2, 9))
+    stock = model(ids).logits
+    patch_transformers()
+    try:
+        with detour(model.lm_head, lambda hidden: hidden.new_full((1, 1, VOCAB), 7.0)):
+            inside = model(ids).logits
+        assert (inside.shape, fusion_report(model).calls) == ((1, 1, VOCAB), 0)
+        outside = model(ids).logits
+        assert fusion_report(model).calls == 1
+        torch.testing.assert_close(outside.sum(-1), stock.sum(-1))
+    finally:
+        unpatch_transformers()
+    assert "forward" not in vars(model.lm_head)

@@ -1,0 +1,130 @@
+"""Make a stack's environment, train in it stock and fused, and record how the two agree.
+
+usage: python -m tests.ecosystem [--again] [NAME ...]      NAMEs as in stacks.py; without any, all of them
+       python -m tests.ecosystem render                    write docs/stacks.md's table from the record
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import ROOT, commit, today
+from tests.ecosystem.compare import compare
+from tests.ecosystem.stacks import STACKS, Stack
+from tests.ecosystem.table import RECORD, load, render
+
+RECIPES = Path(__file__).parent / "recipes"
+ENVIRONMENTS = ROOT / "build" / "ecosystem"
+# No hub, no GPU, and no other processes: what is compared is arithmetic.
+ENVIRON = {
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "PYTHONPATH": "",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.ecosystem", description=__doc__.partition("\n")[0])
+    parser.add_argument("--again", action="store_true", help="install anew what is installed")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"render, or of {', '.join(STACKS)} (default: all)")
+    options = parser.parse_args()
+    if options.names == ["render"]:
+        render()
+        return 0
+    if unknown := set(options.names) - set(STACKS):
+        parser.error(f"no such stack: {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
+    agree, at = True, commit()  # before the record and the document change
+    for name in options.names or STACKS:
+        found = {"date": today(), "commit": at, **run(name, STACKS[name], again=options.again)}
+        every = load()
+        every[name] = found
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        RECORD.write_text(json.dumps({key: every[key] for key in STACKS if key in every}, indent=1) + "\n")
+        render()
+        wrong = [f"{key}: {each['disagrees']}" for key, each in found["runs"].items() if each["disagrees"]]
+        print(f"{name}: {found.get('reason') or wrong or 'agrees'}", flush=True)
+        agree = agree and not wrong
+    return 0 if agree else 1
+
+
+def run(name: str, stack: Stack, *, again: bool) -> dict[str, Any]:
+    """What the record holds of a stack."""
+    found: dict[str, Any] = {"versions": {}, "runs": {}}
+    try:
+        python = install(name, stack, again=again)
+        with tempfile.TemporaryDirectory() as folder:
+            stock = train(python, [stack.recipe], Path(folder, "stock.json"))
+            fused = train(python, ["-m", "orpo_kernels", "run", stack.recipe], Path(folder, "fused.json"))
+            found["versions"] = fused["versions"]
+            asked = [each for each, of in stock["runs"].items() if not of.get("error", "").startswith("LookupError")]
+            found["runs"] = {each: compare(stock["runs"][each], fused["runs"][each]) for each in asked}
+            if stack.fused_in_script:
+                ours = train(python, [stack.recipe], Path(folder, "script.json"), *stack.fused_in_script, fuse=True)
+                for each in stack.fused_in_script:
+                    found["runs"][f"{each}, fuse(model)"] = compare(stock["runs"][each], ours["runs"][each])
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip()
+        found["reason"] = said.splitlines()[-1] if said else str(error)
+        print(said, file=sys.stderr)
+    return found
+
+
+def install(name: str, stack: Stack, *, again: bool) -> Path:
+    """The Python of a stack's environment, which is made where it does not stand."""
+    folder = ENVIRONMENTS / name
+    python = folder / "bin" / "python"
+    stamp = folder / ".installed"
+    wanted = repr(stack)
+    if again or not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+        constraints = ROOT / "constraints.txt"
+        torch = next(line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
+        command([*pip, torch, *stack.requires])
+        command([*pip, "--no-deps", "--editable", str(ROOT), *stack.alone])
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+        for module, names in stack.hollow.items():
+            hollow(packages, module, names)
+        stamp.write_text(wanted)
+    return python
+
+
+def hollow(packages: Path, module: str, names: tuple[str, ...]) -> None:
+    """A module that can be imported, and whose names are None."""
+    folder = packages
+    for part in module.split("."):
+        folder /= part
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").touch()
+    (folder / "__init__.py").write_text("".join(f"{name} = None\n" for name in names))
+
+
+def train(python: Path, arguments: list[str], output: Path, *objectives: str, fuse: bool = False) -> dict[str, Any]:
+    """Run a recipe, the last of ``arguments``, and return what it wrote."""
+    *before, recipe = arguments
+    environ = {**os.environ, **ENVIRON, **({"ECOSYSTEM_FUSE": "1"} if fuse else {})}
+    command([str(python), *before, str(RECIPES / recipe), str(output), *objectives], environ, output.parent)
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def command(line: list[str], environ: dict[str, str] | None = None, folder: Path | None = None) -> None:
+    print("$", *line, file=sys.stderr, flush=True)
+    subprocess.run(
+        line, env=environ, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

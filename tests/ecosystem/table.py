@@ -1,0 +1,72 @@
+"""The record as a table of docs/stacks.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import ROOT
+from tests.ecosystem.stacks import STACKS
+
+RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
+DOCUMENT = ROOT / "docs" / "stacks.md"
+MARKED = re.compile(r"(<!-- ecosystem -->\n).*?(<!-- /ecosystem -->)", re.DOTALL)
+HEADER = ("stack", "objective", "losses differ", "gradient norms differ", "products a call", "full logits for")
+
+UNCALLED = {True: "trainer's patch", False: "head not called"}
+
+
+def load() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return found
+
+
+def render(*, write: bool = True, document: Path = DOCUMENT) -> bool:
+    """Put the record into the document; whether the document said something else."""
+    text = document.read_text()
+    filled = MARKED.sub(lambda match: f"{match[1]}{table(load())}{match[2]}", text)
+    if write and filled != text:
+        document.write_text(filled)
+    return filled != text
+
+
+def table(record: dict[str, Any]) -> str:
+    rows = [HEADER, tuple("-" * 3 for _ in HEADER)]
+    for name, found in record.items():
+        title = _titled(STACKS[name].title, found["versions"])
+        if "reason" in found:
+            rows.append((title, "", "not run", "", "", _one_line(found["reason"])))
+        for objective, run in found["runs"].items():
+            rows.append((title, objective, *_cells(run)))
+            title = ""
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _titled(title: str, versions: dict[str, str]) -> str:
+    """The stack with its version and that of the transformers under it."""
+
+    def own(name: str) -> bool:
+        return title.lower().replace("-", "").startswith(name.replace("-", ""))
+
+    names = [name for name in versions if name not in ("torch", "accelerate", "transformers")]
+    names = [*sorted(names, key=own, reverse=True), *(["transformers"] if versions else [])]
+    shown = [versions[name] if own(name) else f"{name} {versions[name]}" for name in names]
+    return f"{title} ({', '.join(shown)})" if shown else title
+
+
+def _cells(run: dict[str, Any]) -> tuple[str, ...]:
+    if "skipped" in run:
+        return "not run", "", "", _one_line(run["skipped"])
+    if run["differences"] is None:
+        return f"**{_one_line(run['disagrees'])}**", "", "", ""
+    differ = [f"{run['differences'].get(name, 0.0):.0e}".replace("0e+00", "0") for name in ("loss", "gradient")]
+    each = run["products_per_call"]
+    products = f"{each:.2f}" if each else "refused" if run["refusals"] else UNCALLED[run["fused_by_trainer"]]
+    full = sorted({f"{found['operation']} ({found['where']})" for found in run["materialised"]})
+    return *differ, products, _one_line("; ".join([*full, *run["refusals"]]) or "nothing")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")
