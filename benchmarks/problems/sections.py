@@ -72,8 +72,8 @@ def sections(device: str) -> dict[str, list[Row]]:
         "small": rows(SMALL, QUARTER, HEADS, BOTH, everyone),
         "softcap": rows(["gemma-cpu"], QUARTER, TRAINABLE, BOTH, everyone),
         "lengths": rows(SMALL, lengths, TRAINABLE, BF16, _without_compiled(everyone)),
-        "logprobs": rows(LARGE, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
-        "lazy": [row for task in LOGITS_TASKS for row in rows(LARGE, QUARTER, HEADS, BOTH, LOGITS, task=task)],
+        "logprobs": rows(SMALL, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
+        "lazy": [row for task in LOGITS_TASKS for row in rows(SMALL, QUARTER, TRAINABLE, BOTH, LOGITS, task=task)],
     }
 
 
