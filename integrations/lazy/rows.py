@@ -298,12 +298,14 @@ class Table:
 
     def moment(self, rows: Tensor, name: str) -> Tensor:
         """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
+        if not rows.numel():
+            return (self.ids if name == "argmax" else self.logps)[rows]
         wanted = "expected" if name == "entropy" else name
         self.root.site.moments.setdefault(self.mapping.kind, set()).add(wanted)
         self.compute(rows)
         known = self._moments[name][1] if name in self._moments else torch.zeros_like(self.known)
         missing = self._missing(rows, known)
-        if missing.numel() or name not in self._moments:
+        if missing.numel():
             part = self.part(missing)._replace(moments=(wanted,))
             with torch.no_grad(), torch.autocast(part.hidden.device.type, enabled=False):
                 self._keep(missing, self.root.site.select(part.hidden).moments(part))

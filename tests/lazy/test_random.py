@@ -455,6 +455,10 @@ FAILED = {
         "v1 = z.transpose(0, 1)\nv2 = v1.abs().is_contiguous()\nv3 = v1.abs().view(-1)",
     ),
     "tokens counted from the end": (PLAIN, "v1 = torch.take_along_dim(z, -1 - ids(1, 12, 2, 3, 1), dim=-1)"),
+    "the entropy of nothing": (
+        PLAIN,
+        "v1 = z[:0]\nv2 = -(v1.softmax(-1) * v1.log_softmax(-1)).sum(-1)\nv3 = v1.argmax(-1)\nv4 = v1.max(-1)[0]",
+    ),
     "flatten backwards": (PLAIN, "v1 = z.flatten(-2, 0)"),
     "flatten one dimension": (PLAIN, "v1 = z.flatten(-3, -3)"),
     "a view of nothing": (PLAIN, "v1 = z[-1:1, [0, -1], ...]\nv2 = v1.view(0, 2, 1, -1)"),
