@@ -93,6 +93,8 @@ class MomentSums:
         self.total = torch.zeros_like(shift)
         self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min / 2)
         self.argmax = torch.zeros_like(shift, dtype=torch.int64)
+        # Two tiles that every call uses again: fresh memory costs a CPU more than what is computed in it.
+        self.tiles: Tensor | None = None
 
     def add(self, first: int, shifted: Tensor) -> None:
         """Take ``shifted [s, n]``, the logits u = z - shift of tokens ``first`` to ``first + s``."""
@@ -109,8 +111,10 @@ class MomentSums:
             return
         if "argmax" not in self.wanted:
             self.largest = torch.maximum(shifted.amax(0), before)
-        below = shifted - self.largest
-        exps = below.exp()
+        if self.tiles is None or self.tiles.shape[1] < shifted.shape[0]:
+            self.tiles = self.shift.new_empty(2, *shifted.shape)
+        below, exps = self.tiles[:, : shifted.shape[0]]
+        torch.exp(below.copy_(shifted).sub_(self.largest), out=exps)
         moved = before - self.largest
         self.sums[1] += self.sums[0] * moved
         self.sums *= moved.exp()
