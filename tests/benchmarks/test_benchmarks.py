@@ -19,7 +19,7 @@ from benchmarks.harness.memory import peak_of
 from benchmarks.harness.record import Record, Row, merged
 from benchmarks.lab.compile import TARGETS, problem
 from benchmarks.problems import floor
-from benchmarks.problems.cases import BATCHES, CASES, HEADS, IGNORE, STATES, TASKS, Batch, Case, Pair
+from benchmarks.problems.cases import BATCHES, CASES, HEADS, IGNORE, LOGITS_TASKS, STATES, TASKS, Batch, Case, Pair
 from benchmarks.problems.inputs import make_problem
 from benchmarks.problems.providers import FLOOR, NAMES, PROVIDERS, Provider, default_names, objective
 from benchmarks.problems.sections import sections
@@ -41,6 +41,10 @@ MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "trl_fused", "to
 @pytest.mark.parametrize("provider", PROVIDERS.values(), ids=lambda provider: provider.name)
 def test_every_provider_computes_the_task_or_says_why_not(provider: Provider, case: Case, head: str, task: str) -> None:
     problem = make_problem(case, FEW, STATES["trained-like"], "float32", head, CPU)
+    if (provider.logits is None) if task in LOGITS_TASKS else provider.name == "lazy":
+        with pytest.raises(UnsupportedError, match="gives no log"):
+            provider.build(problem, task)
+        return
     try:
         with torch.compiler.set_stance("force_eager"):  # what is tested is the wiring, not the compiler
             row = race.check(provider, ASKED.with_(task=task), problem)
@@ -255,7 +259,8 @@ def test_a_partial_record_empties_no_table(tmp_path: Path, monkeypatch: pytest.M
     """What `record --only small` on another day leaves is no reason to forget the other sections."""
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     accurate = accuracy.run(targets=8, features=16, vocab=64)
-    whole, small = _whole(), [row.with_(median_ms=1.0) for row in _whole() if row.case == "small-v32k-cpu"]
+    whole, of_small = _whole(), [row for row in _whole() if (row.case, row.task) == ("small-v32k-cpu", "loss")]
+    small = [row.with_(median_ms=1.0) for row in of_small]
     Record("box", "2026-01-01", rows=whole, accuracy=accurate).save(tmp_path / "cpu-test-2026-01-01.json")
     document, pictures = tmp_path / "page.md", tmp_path / "images"
     document.write_text("\n".join(f"<!-- benchmarks:cpu-{name} -->\n<!-- /benchmarks -->" for name in render.TABLES))
