@@ -181,7 +181,7 @@ def _log_softmax(x: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = Non
     )
 
 
-@handles("softmax", "_softmax_backward_data")
+@handles("softmax")
 def _softmax(x: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Any:
     return _distribution(x, "softmax", dim, dtype or (_stacklevel if isinstance(_stacklevel, torch.dtype) else None))
 

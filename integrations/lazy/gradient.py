@@ -81,7 +81,7 @@ class Map(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseGrad:
     """A gradient of values that were computed: of ``kind`` at ``rows [k]``, ``grad [k, V]``."""
 
     kind: str
@@ -121,7 +121,7 @@ class Term:
     weighted: Tensor | None = None  # times p * z
     constant: Tensor | None = None  # of every token
     entries: tuple[Entries, ...] = ()
-    dense: tuple[Dense, ...] = ()
+    dense: tuple[DenseGrad, ...] = ()
 
     @property
     def is_sparse(self) -> bool:

@@ -40,13 +40,13 @@ class Site:
     def select(self, hidden: Tensor) -> Backend:
         return select(self.backend, hidden.device, hidden.dtype)
 
-    def fall_back(self, error: Exception) -> None:
+    def fall_back(self, failed: Backend, error: Exception) -> None:
         """Go on with the torch backend where the one that suits the device failed.
 
         Raises:
             Exception: the error, where no other backend may be taken.
         """
-        if self.backend != "auto" or isinstance(error, torch.OutOfMemoryError):
+        if self.backend != "auto" or failed.name == "torch" or isinstance(error, torch.OutOfMemoryError):
             raise error
         self.backend = "torch"
         self.report.note(f"goes on with the torch backend, after {type(error).__name__}: {error}")
@@ -102,7 +102,7 @@ class Root:
         self.stored = 0  # bytes of E that wait for backward
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
         self.columns: list[Column] = []
-        self._mean_weight: Tensor | None = None
+        self._mean_weights: dict[int, Tensor] = {}  # by the number of columns
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
 
@@ -199,11 +199,10 @@ class Root:
         if mapping.softcap is not None:
             return self.table(mapping).moment(rows, "mean")
         head = self.head(mapping)
-        if self._mean_weight is None or mapping.vocab != self.identity.vocab:
-            self._mean_weight = self.site.select(self.hidden).mean_weight(head.weight)
-        hidden, mean_weight = self.hidden_of(mapping), self._mean_weight
-        if mapping.vocab != self.identity.vocab:
-            self._mean_weight = None
+        hidden, known = self.hidden_of(mapping), self._mean_weights
+        if mapping.vocab not in known:
+            known[mapping.vocab] = self.site.select(hidden).mean_weight(head.weight)
+        mean_weight = known[mapping.vocab]
         found = [hidden[rows[of]].to(self.acc) @ mean_weight for of in slices(rows.numel(), SPARSE_ROWS)]
         mean = torch.cat(found) if found else hidden.new_zeros(0, dtype=self.acc)
         if head.bias is not None:
@@ -367,7 +366,7 @@ class Table:
             try:
                 found = backend.forward(part, Grads(waiting, None, None), store=store)
             except Exception as error:
-                root.site.fall_back(error)
+                root.site.fall_back(backend, error)
                 found = root.site.select(part.hidden).forward(part, Grads(waiting, None, None), store=store)
         root.stored += plan.stored_bytes
         root.count(n * (1 + (plan.name == "frozen")))

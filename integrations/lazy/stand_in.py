@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine import refuse_second_derivatives
-from orpo_kernels.integrations.lazy.gradient import Dense, Map, Term, Terms, added
+from orpo_kernels.integrations.lazy.gradient import DenseGrad, Map, Term, Terms, added
 from orpo_kernels.integrations.lazy.rows import Inputs, Root
 
 _aten = torch.ops.aten
@@ -88,7 +88,7 @@ class View:
         """A dense gradient of the stand-in's shape."""
         if self.vocab_dim != -1:
             grad = grad.movedim(self.vocab_dim, -1)
-        dense = Dense(self.kind, self.factor, self.rows.reshape(-1), grad.reshape(-1, self.mapping.vocab))
+        dense = DenseGrad(self.kind, self.factor, self.rows.reshape(-1), grad.reshape(-1, self.mapping.vocab))
         return {self.mapping.key: Term(self.mapping, dense=(dense,))}
 
 
