@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from orpo_kernels.backends.torch_backend import release
+from tests.works import cells_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -25,3 +26,8 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.cuda.empty_cache()  # one worker cannot free what another keeps; without a GPU this does nothing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.user_properties += [("works", cell) for cell in cells_of(item)]
