@@ -1,8 +1,8 @@
 """What works with what: every test marked ``works`` is a cell of a table, and no cell has another source.
 
 ``@pytest.mark.works("FSDP2, head in its own unit", by="lazy logits")`` says which row and column a test stands for,
-with ``outcome="refused"`` where it shows a clear error instead. ``python -m tests.works`` runs these tests, records them in
-``docs/works.json`` and writes the table in ``docs/works.md``; ``--render`` writes the table again from the record.
+with ``outcome="refused"`` where it shows a clear error instead. ``python -m tests.works`` runs these tests, records
+them in ``docs/works.json`` and writes the table in ``docs/works.md``; ``--render`` writes it again from the record.
 """
 
 from __future__ import annotations
