@@ -1,8 +1,7 @@
-"""Elementwise operations on lazy logits that are maps of them (``gradient.Map``) or distributions over tokens."""
+"""Elementwise operations on lazy logits that are maps of them (``symbols.Map``) or distributions over tokens."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from orpo_kernels.integrations.lazy.memory import scale, sharing
 from orpo_kernels.integrations.lazy.registry import HANDLERS, copied, fresh, handles, in_place, is_vocab, made
-from orpo_kernels.integrations.lazy.stand_in import LazyLogits, View
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits
+from orpo_kernels.integrations.lazy.symbols import View
 
 
 def _scaled(x: LazyLogits, factor: Any) -> View | None:
@@ -146,7 +146,7 @@ def _sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     view = a.view_of
     if root() is not view.root or b._version != version or view.kind != "logits" or b.dim() != a.dim():
         return NotImplemented
-    if not view.same_rows(replace(view, rows=rows, mapping=mapping)):
+    if not view.same_rows(view._replace(rows=rows, mapping=mapping)):
         return NotImplemented
     if (torch.is_grad_enabled() and a.requires_grad != b.requires_grad) or a.dtype != b.dtype:
         return NotImplemented

@@ -18,9 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
 from orpo_kernels.integrations.hf_head import replace_forward
+from orpo_kernels.integrations.lazy.nodes import lazy_logits
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
-from orpo_kernels.integrations.lazy.stand_in import lazy_logits
 from orpo_kernels.integrations.trainer import Settings
 from orpo_kernels.settings import Head, Needs
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orpo_kernels.integrations.lazy.nodes import ChangedNode, DenseNode
 from orpo_kernels.integrations.lazy.registry import in_place
 from orpo_kernels.integrations.lazy.rows import Column
-from orpo_kernels.integrations.lazy.stand_in import ChangedNode, DenseNode, Edit, LazyLogits, View, keep
+from orpo_kernels.integrations.lazy.stand_in import Edit, LazyLogits, keep
+from orpo_kernels.integrations.lazy.symbols import View
 
 _LOST = (
     "orpo_kernels: {} changed lazy logits in place, and this view of them, which was taken before, would have to "

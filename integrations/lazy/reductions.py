@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.integrations.lazy.gradient import Map, Term, Terms
+from orpo_kernels.integrations.lazy.nodes import ReduceNode
 from orpo_kernels.integrations.lazy.registry import handles, is_vocab, made, position
-from orpo_kernels.integrations.lazy.stand_in import LazyLogits, ReduceNode, View
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits
+from orpo_kernels.integrations.lazy.symbols import Map, Term, Terms, View
 
 WIDEST_GATHER = 64  # entries of a row that are taken as dot products; for more of them a product is no dearer
 
@@ -325,7 +325,7 @@ def _token_losses(
         torch._assert_async(((ids >= 0) & (ids < vocab)).all())
     losses = -_logps(x, name, rows, ids)
     if smoothing:
-        some = made(x, replace(view, rows=rows, vocab_dim=-1))
+        some = made(x, view._replace(rows=rows, vocab_dim=-1))
         uniform = _lse(some, name) - _mean(some, name)
         losses = (1 - smoothing) * losses + smoothing * uniform
     if reduction == "none":

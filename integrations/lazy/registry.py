@@ -8,10 +8,11 @@ know this form of it; then, and for every operation without a handler, the full 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from orpo_kernels.integrations.lazy.stand_in import InPlaceNode, LazyLogits, View, ViewNode
+from orpo_kernels.integrations.lazy.nodes import InPlaceNode, ViewNode
+from orpo_kernels.integrations.lazy.stand_in import LazyLogits
+from orpo_kernels.integrations.lazy.symbols import View
 
 Handler = Callable[..., Any]
 HANDLERS: dict[str, Handler] = {}
@@ -43,7 +44,7 @@ def in_place(x: LazyLogits, view: View) -> LazyLogits:
 
 def fresh(view: View) -> View:
     """With memory of its own."""
-    return replace(view, rows=view.rows.clone(), cut=False)
+    return view._replace(rows=view.rows.clone(), cut=False)
 
 
 def position(dim: int, dims: int) -> int:

@@ -2,7 +2,7 @@
 
 A ``Root`` stands behind every tensor that one call of a head gave rise to. Consumers ask it for log-probabilities,
 log-sum-exps, means and expectations of some rows under some ``Map``; the first to ask for a row pays a product for it,
-and what comes out is kept, a few numbers a row. Gradients come back as ``gradient.Term``: coefficients of softmax(z)
+and what comes out is kept, a few numbers a row. Gradients come back as ``symbols.Term``: coefficients of softmax(z)
 and of single entries. Only then, when all consumers have said theirs, does the head multiply backward, once, the rows
 whose coefficients are not all zero.
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.backends import Backend, Found, Grads, Moments, Part, acc_dtype, grad_dtype, select, slices
-from orpo_kernels.integrations.lazy.gradient import Map, Term
 from orpo_kernels.integrations.lazy.report import Report
+from orpo_kernels.integrations.lazy.symbols import Map, Term
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan, choose
 from orpo_kernels.settings import Head, Needs
 from orpo_kernels.targets import Sizes

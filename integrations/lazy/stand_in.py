@@ -1,8 +1,8 @@
-"""The tensors that stand for logits and for their gradients, and the nodes between them on the autograd graph.
+"""The tensors that stand for logits and for their gradients.
 
 ``LazyLogits`` has the shape of logits and no memory. It is the output of an autograd node, and so is every view of it:
 hooks of DDP, FSDP and DeepSpeed on a model's output fire as ever. Its gradient is a ``LazyGrad``, which adds up, scales
-and passes through views without being computed; the head's node turns it into the gradients of hidden and weight.
+and passes through views without being computed; the head's node (``nodes``) turns it into those of hidden and weight.
 
 Which rows of the root a view has is an integer tensor that goes through the same views as the logits would. It tells
 aliasing too: two views share memory, as eager logits would, exactly if their ``rows`` do.
@@ -10,99 +10,16 @@ aliasing too: two views share memory, as eager logits would, exactly if their ``
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine import refuse_second_derivatives
-from orpo_kernels.integrations.lazy.gradient import DenseGrad, Map, Term, Terms, added
-from orpo_kernels.integrations.lazy.rows import Inputs, Root
+from orpo_kernels.integrations.lazy.rows import Inputs
+from orpo_kernels.integrations.lazy.symbols import Terms, View, added
 
 _aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class View:
-    """What a stand-in stands for: ``factor * kind(values of a map)`` at ``rows``."""
-
-    root: Root
-    rows: Tensor  # of the root, int64; the stand-in's shape without the vocabulary
-    mapping: Map
-    dtype: torch.dtype
-    kind: str = "logits"  # or log_probs, probs, probs_log_probs (p * log p), probs_logits (p * z)
-    factor: float = 1.0  # 1 for logits, whose factor is the map's
-    vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
-    cut: bool = False  # whether its memory would hold more tokens of each row
-    packed: bool = False  # whether it would lie in memory in the order of its dimensions, the vocabulary not last
-    family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
-    chain: tuple[str, ...] = ()  # operations so far, for the report
-    graph: object = field(default_factory=object)  # shared by views that autograd follows from one to another
-
-    @property
-    def shape(self) -> torch.Size:
-        lead = list(self.rows.shape)
-        lead.insert(len(lead) if self.vocab_dim == -1 else self.vocab_dim, self.mapping.vocab)
-        return torch.Size(lead)
-
-    def after(self, operation: str, **changes: Any) -> View:
-        """The view that an operation makes of this one."""
-        chain = self.chain if self.chain[-1:] == (operation,) else (*self.chain, operation)
-        return replace(self, chain=chain, **changes)
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def same_rows(self, other: View) -> bool:
-        """Whether both have the same rows of the same root under the same map."""
-        same = self.root is other.root and self.mapping.key == other.mapping.key
-        return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
-
-    def dense(self) -> Tensor:
-        """What this stands for, computed; no view of anything, so that it may be changed in place."""
-        root = self.root
-        strides = [stride * self.mapping.vocab for stride in torch.empty_like(self.rows).stride()]
-        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-        rows = self.rows.permute(order).reshape(-1)
-        strides.insert(len(strides) if self.vocab_dim == -1 else self.vocab_dim, 1)
-        out = torch.empty_strided(self.shape, strides, dtype=self.dtype, device=rows.device)
-        flat = out.movedim(self.vocab_dim, -1).permute(*order, -1).view(rows.numel(), self.mapping.vocab)
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            for of, logits in root.logits(self.mapping, rows):
-                flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
-        root.count(rows.numel())
-        return torch.empty_like(out, memory_format=torch.contiguous_format).copy_(out) if self.packed else out
-
-    def slots(self) -> Tensor:
-        """Where in memory each row would stand, as ``rows``: to compare with views that share it."""
-        rows = self.rows
-        places = torch.arange(rows.untyped_storage().nbytes() // rows.itemsize, device=rows.device)
-        return places.as_strided(rows.shape, rows.stride(), rows.storage_offset()).contiguous()
-
-    def terms_of_dense(self, grad: Tensor) -> Terms:
-        """A dense gradient of the stand-in's shape."""
-        if self.vocab_dim != -1:
-            grad = grad.movedim(self.vocab_dim, -1)
-        dense = DenseGrad(self.kind, self.factor, self.rows.reshape(-1), grad.reshape(-1, self.mapping.vocab))
-        return {self.mapping.key: Term(self.mapping, dense=(dense,))}
-
-
-def _of_kind(kind: str, logits: Tensor) -> Tensor:
-    if kind == "logits":
-        return logits
-    logps = torch.log_softmax(logits, -1)
-    if kind == "log_probs":
-        return logps
-    probs = logps.exp()
-    lowest = torch.finfo(logits.dtype).min  # a masked token: 0 times -inf
-    if kind == "probs":
-        return probs
-    return probs * (logps if kind == "probs_log_probs" else logits).clamp(min=lowest)
 
 
 def _strides(shape: torch.Size) -> list[int]:
@@ -216,7 +133,7 @@ def _mutates(argument: Any) -> bool:
 
 def copy_of(x: LazyLogits) -> LazyLogits:
     """Another tensor that stands for the same, unknown to autograd."""
-    copy = LazyLogits(replace(x.view_of, graph=object()))
+    copy = LazyLogits(x.view_of._replace(graph=object()))
     copy.own = None if x.own is None else x.own.detach()
     copy.shown, copy.columns_known = x.shown, dict(x.columns_known)
     copy.own_version, copy.changed, copy.lost, copy.edits = x.own_version, x.changed, x.lost, list(x.edits)
@@ -275,12 +192,12 @@ class LazyGrad(torch.Tensor):
         if name in ("detach", "alias", "clone") and isinstance(first, LazyGrad):
             return LazyGrad(first.view_of, first.terms)
         if name == "_to_copy" and isinstance(first, LazyGrad) and kwargs.get("device") in (None, first.device):
-            return LazyGrad(replace(first.view_of, dtype=kwargs.get("dtype") or first.dtype), first.terms)
+            return LazyGrad(first.view_of._replace(dtype=kwargs.get("dtype") or first.dtype), first.terms)
         if name in ("add", "add_") and not kwargs:
             a, b = args[:2]
             own = a if isinstance(a, LazyGrad) else b
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-                total = LazyGrad(own.view_of, added(_terms(a, own.view_of), _terms(b, own.view_of)))
+                total = LazyGrad(own.view_of, added(terms_of(a, own.view_of), terms_of(b, own.view_of)))
                 if name == "add":
                     return total
                 if isinstance(a, LazyGrad):
@@ -313,7 +230,7 @@ class LazyGrad(torch.Tensor):
         return func(*values[0], **values[1])
 
 
-def _terms(grad: Tensor, view: View) -> Terms:
+def terms_of(grad: Tensor, view: View) -> Terms:
     return grad.terms if isinstance(grad, LazyGrad) else view.terms_of_dense(grad)
 
 
@@ -344,119 +261,3 @@ def dense_grad(grad: LazyGrad) -> Tensor:
     root.count(rows.numel())
     out = out.view(*view.rows.shape, view.mapping.vocab)
     return out if view.vocab_dim == -1 else out.movedim(-1, view.vocab_dim)
-
-
-class HeadNode(torch.autograd.Function):
-    """From hidden and head to logits that are not there."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
-        ctx.save_for_backward(hidden, weight, bias)
-        view.root.node, ctx.unpacked = weakref.ref(ctx), None
-        ctx.set_materialize_grads(False)
-        ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
-        return LazyLogits(view)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
-        if grad is None:
-            return None, None, None, None
-        inputs = ctx.view.root.unpacked(ctx)
-        weight, bias = inputs.weight, inputs.bias
-        grads = ctx.view.root.backward(list(_terms(grad, ctx.view).values()), inputs)
-        hidden = None if grads.hidden is None else grads.hidden.to(ctx.hidden_dtype).view(ctx.hidden_shape)
-        return (
-            hidden,
-            None if grads.weight is None else grads.weight.to(weight.dtype),
-            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
-            None,
-        )
-
-
-class ViewNode(torch.autograd.Function):
-    """From a stand-in to another; a gradient only changes its shape."""
-
-    @staticmethod
-    def forward(ctx: Any, x: LazyLogits, view: View) -> LazyLogits:
-        ctx.set_materialize_grads(False)
-        ctx.before, ctx.after = x.view_of, view
-        return LazyLogits(view)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        refuse_second_derivatives()
-        if grad is None:
-            return None, None
-        return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
-
-
-class InPlaceNode(torch.autograd.Function):
-    """A stand-in that stands for another view from now on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: LazyLogits, view: View) -> LazyLogits:
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(x)
-        ctx.before, ctx.after = x.view_of, view
-        x.view_of = view
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        refuse_second_derivatives()
-        if grad is None:
-            return None, None
-        return LazyGrad(ctx.before, _terms(grad, ctx.after)), None
-
-
-class ChangedNode(torch.autograd.Function):
-    """A stand-in whose values were changed: from now on its gradient is theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: LazyLogits, own: Tensor) -> LazyLogits:
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
-        refuse_second_derivatives()
-        return None, grad
-
-
-class DenseNode(torch.autograd.Function):
-    """From a stand-in to its values."""
-
-    @staticmethod
-    def forward(ctx: Any, x: LazyLogits, own: Tensor | None = None) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.view = x.view_of
-        return x.view_of.dense() if own is None else own.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        refuse_second_derivatives()
-        return None if grad is None else LazyGrad(ctx.view, ctx.view.terms_of_dense(grad)), None
-
-
-class ReduceNode(torch.autograd.Function):
-    """From a stand-in to numbers that were computed; ``terms`` makes their gradient a gradient of logits."""
-
-    @staticmethod
-    def forward(ctx: Any, x: LazyLogits, value: Tensor, terms: Callable[[Tensor], Terms]) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.view, ctx.terms = x.view_of, terms
-        return value.clone()  # an input returned as it is would be a view, which nobody may change in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        refuse_second_derivatives()
-        return None if grad is None else LazyGrad(ctx.view, ctx.terms(grad)), None, None
-
-
-def lazy_logits(root: Root, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LazyLogits:
-    """The logits of a call of a head on ``hidden [..., H]``."""
-    rows = root.rows.view(hidden.shape[:-1])
-    out: LazyLogits = HeadNode.apply(hidden, weight, bias, View(root, rows, root.identity, dtype))
-    return out

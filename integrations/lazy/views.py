@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -298,5 +297,5 @@ def _getitem(x: Any, index: Any) -> Any:
     whole = (*rows.shape, *ids.shape)
     out = taken(x, "getitem", rows[(..., *[None] * ids.dim())].expand(whole), ids.expand(whole))
     if last.dim() == 0 and out is not NotImplemented:  # eager torch gives a view here
-        give_column(x, replace(view, rows=rows), out, int(ids))
+        give_column(x, view._replace(rows=rows), out, int(ids))
     return out

@@ -1,4 +1,4 @@
-"""What a consumer sees and what it sends back, as symbols: maps from the head's output to values, and gradients.
+"""What a consumer sees and what it sends back, as symbols: views of maps of the head's output, and gradients.
 
 A gradient of logits ``[rows, V]`` is a sum of ``Term``: per row a coefficient of softmax(z), of softmax(z) * z and of
 every token alike, single entries, and dense gradients where something asked for the logits themselves. All rows are
@@ -7,13 +7,17 @@ those of the root, so a term means the same at every view: on its way through vi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.settings import Head
+
+if TYPE_CHECKING:
+    from orpo_kernels.integrations.lazy.rows import Root
 
 
 class Map(NamedTuple):
@@ -231,3 +235,81 @@ def added(a: Terms, b: Terms) -> Terms:
     for key, term in b.items():
         out[key] = out[key] + term if key in out else term
     return out
+
+
+class View(NamedTuple):
+    """What a stand-in stands for: ``factor * kind(values of a map)`` at ``rows``."""
+
+    root: Root
+    rows: Tensor  # of the root, int64; the stand-in's shape without the vocabulary
+    mapping: Map
+    dtype: torch.dtype
+    kind: str = "logits"  # or log_probs, probs, probs_log_probs (p * log p), probs_logits (p * z)
+    factor: float = 1.0  # 1 for logits, whose factor is the map's
+    vocab_dim: int = -1  # where the vocabulary stands, -1 or an index
+    cut: bool = False  # whether its memory would hold more tokens of each row
+    packed: bool = False  # whether it would lie in memory in the order of its dimensions, the vocabulary not last
+    family: Tensor | None = None  # rows of what this is one of many pieces of: they are computed together
+    chain: tuple[str, ...] = ()  # operations so far, for the report
+    graph: object = None  # shared by views that autograd follows from one to another
+
+    @property
+    def shape(self) -> torch.Size:
+        lead = list(self.rows.shape)
+        lead.insert(len(lead) if self.vocab_dim == -1 else self.vocab_dim, self.mapping.vocab)
+        return torch.Size(lead)
+
+    def after(self, operation: str, **changes: Any) -> View:
+        """The view that an operation makes of this one."""
+        chain = self.chain if self.chain[-1:] == (operation,) else (*self.chain, operation)
+        return self._replace(chain=chain, **changes)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def same_rows(self, other: View) -> bool:
+        """Whether both have the same rows of the same root under the same map."""
+        same = self.root is other.root and self.mapping.key == other.mapping.key
+        return same and (self.rows is other.rows or torch.equal(self.rows, other.rows))
+
+    def dense(self) -> Tensor:
+        """What this stands for, computed; no view of anything, so that it may be changed in place."""
+        root = self.root
+        strides = [stride * self.mapping.vocab for stride in torch.empty_like(self.rows).stride()]
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        rows = self.rows.permute(order).reshape(-1)
+        strides.insert(len(strides) if self.vocab_dim == -1 else self.vocab_dim, 1)
+        out = torch.empty_strided(self.shape, strides, dtype=self.dtype, device=rows.device)
+        flat = out.movedim(self.vocab_dim, -1).permute(*order, -1).view(rows.numel(), self.mapping.vocab)
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            for of, logits in root.logits(self.mapping, rows):
+                flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
+        root.count(rows.numel())
+        return torch.empty_like(out, memory_format=torch.contiguous_format).copy_(out) if self.packed else out
+
+    def slots(self) -> Tensor:
+        """Where in memory each row would stand, as ``rows``: to compare with views that share it."""
+        rows = self.rows
+        places = torch.arange(rows.untyped_storage().nbytes() // rows.itemsize, device=rows.device)
+        return places.as_strided(rows.shape, rows.stride(), rows.storage_offset()).contiguous()
+
+    def terms_of_dense(self, grad: Tensor) -> Terms:
+        """A dense gradient of the stand-in's shape."""
+        if self.vocab_dim != -1:
+            grad = grad.movedim(self.vocab_dim, -1)
+        dense = DenseGrad(self.kind, self.factor, self.rows.reshape(-1), grad.reshape(-1, self.mapping.vocab))
+        return {self.mapping.key: Term(self.mapping, dense=(dense,))}
+
+
+def _of_kind(kind: str, logits: Tensor) -> Tensor:
+    if kind == "logits":
+        return logits
+    logps = torch.log_softmax(logits, -1)
+    if kind == "log_probs":
+        return logps
+    probs = logps.exp()
+    lowest = torch.finfo(logits.dtype).min  # a masked token: 0 times -inf
+    if kind == "probs":
+        return probs
+    return probs * (logps if kind == "probs_log_probs" else logits).clamp(min=lowest)
