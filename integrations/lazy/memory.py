@@ -239,6 +239,12 @@ def _lose_others(x: LazyLogits, name: str) -> None:
             other.lost = _LOST.format(name)
 
 
+def unsettled(x: LazyLogits) -> bool:
+    """Whether there may be something for ``settle``."""
+    root = x.view_of.root
+    return bool(root.in_memory or x.lost is not None or x.edits or root.columns)
+
+
 def settle(x: LazyLogits) -> None:
     """Take over what was done in place through other tensors that share its memory.
 

@@ -6,13 +6,13 @@ Handlers stand in ``views``, ``elementwise`` and ``reductions``, and are found b
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from orpo_kernels.integrations.lazy import elementwise, reductions, views  # noqa: F401 - they bring the handlers
-from orpo_kernels.integrations.lazy.memory import change, settle, show, values
+from orpo_kernels.integrations.lazy.memory import change, settle, show, unsettled, values
 from orpo_kernels.integrations.lazy.registry import HANDLERS, handles
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits, copy_of
 
@@ -25,6 +25,7 @@ METADATA = frozenset(
     detach_ grad __hash__ __len__
     """.split()  # noqa: SIM905 - a list of so many strings would be read by nobody
 )
+PROPERTY = frozenset(("__get__", "__set__", "__delete__"))
 # Operations that take a tensor's shape, dtype and device for a new one.
 LIKE = frozenset(
     """
@@ -42,8 +43,8 @@ RESHAPES = frozenset(
 @torch._dynamo.disable  # compiled, what the handlers do to autograd's graph would be lost
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives."""
-    name = getattr(func, "__name__", str(func))
-    if name in ("__get__", "__set__", "__delete__"):
+    name = func.__name__ if hasattr(func, "__name__") else str(func)
+    if name in PROPERTY:
         return _property(func, name, args, kwargs)
     if name in METADATA:
         x = args[0] if args else None
@@ -58,11 +59,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*like[0], **like[1])
     lazies = _lazies((*args, *kwargs.values()))
     for x in lazies:
-        with _outside_inference():
-            settle(x)
-    if "input" in kwargs and not args:
-        args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-    out = kwargs.pop("out", None)
+        if unsettled(x):
+            with _outside_inference():
+                settle(x)
+    out = None
+    if kwargs:
+        if "input" in kwargs and not args:
+            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+        out = kwargs.pop("out", None)
     if isinstance(out, LazyLogits):
         return change(torch.Tensor.copy_, "out=", out, (call(func, args, kwargs),), {})
     if out is not None:
@@ -113,7 +117,7 @@ RAISED["cuda"] = RAISED["cpu"] | {"log_softmax", "softmax", "logsumexp", "sum", 
 
 def raised_by_autocast(lazies: list[LazyLogits]) -> frozenset[str]:
     """Operations that autocast computes in float32 where it is on."""
-    device = lazies[0].device.type if lazies else "cpu"
+    device = lazies[0].view_of.rows.device.type if lazies else "cpu"
     return RAISED.get(device, frozenset()) if torch.is_autocast_enabled(device) else frozenset()
 
 
@@ -121,12 +125,16 @@ def _in_float32(x: LazyLogits) -> Any:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-@contextmanager
-def _outside_inference() -> Iterator[None]:
+_NOTHING = nullcontext()
+
+
+def _outside_inference() -> AbstractContextManager[None]:
     """What a stand-in keeps may be asked for again with gradient, where tensors of inference mode are useless."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+    return _left() if torch.is_inference_mode_enabled() else _NOTHING
+
+
+@contextmanager
+def _left() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

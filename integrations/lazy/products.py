@@ -108,7 +108,7 @@ class Sparse(_Sums):
         if some.numel():
             others.append((some, table.ids[some], left[some]))
         g, head = -softmax, self.root.head(table.mapping, (self.weight, self.bias))
-        done = torch.zeros_like(table.known)
+        done = torch.zeros_like(table.known.mask)
         for each in table.passes:
             done[each.rows] = True
         rest = torch.nonzero((g != 0) & ~done).view(-1)

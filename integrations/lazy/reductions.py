@@ -26,10 +26,15 @@ def _number(x: LazyLogits, operation: str, value: Tensor, terms: Callable[[Tenso
     """A result in the accumulation dtype."""
     view = x.view_of
     view.root.site.report.chains[" > ".join((*view.chain, operation))] += 1
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not _follows(x):
         return value
     out: Tensor = ReduceNode.apply(x, value, terms)
     return out
+
+
+def _follows(x: LazyLogits) -> bool:
+    """Whether a gradient of what is asked of x may come back."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _spread(view: View, rows: Tensor, values: Tensor) -> Tensor:
@@ -61,21 +66,24 @@ def _logps(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Tensor:
         g = g.reshape(-1).to(view.root.acc)
         return {view.mapping.key: Term(view.mapping, softmax=-_spread(view, flat[0], g), entries=((*flat, g),))}
 
-    return _number(x, operation, table.logps_of(*flat).view(rows.shape), terms)
+    return _number(x, operation, table.logps_of(*flat, follows=_follows(x)).view(rows.shape), terms)
 
 
 def _lse(x: LazyLogits, operation: str, mapping: Map | None = None) -> Tensor:
     """Log-sum-exp of each row."""
     view = x.view_of
     mapping = mapping or view.mapping
-    rows, table = view.rows.reshape(-1), view.root.table(mapping)
+    rows = view.rows.reshape(-1)
+    half = view.root.table_of_half(mapping)
+    table = half or view.root.table(mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
 
     def terms(g: Tensor) -> Terms:
         return {mapping.key: Term(mapping, softmax=_spread(view, rows, g))}
 
-    return _number(x, operation, table.lse(rows).view(view.rows.shape), terms)
+    lse = table.moment(rows, "lse2") if half else table.lse(rows, follows=_follows(x))
+    return _number(x, operation, lse.view(view.rows.shape), terms)
 
 
 def _mean(x: LazyLogits, operation: str) -> Tensor:
@@ -95,7 +103,7 @@ def _expected(x: LazyLogits, operation: str, *, log: bool = False) -> Tensor:
     rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
-    expected = table.moment(rows, "expected")
+    expected = table.moment(rows, "expected", follows=_follows(x))
     own = 0.0 if log else 1.0  # the derivatives differ by that of the log-sum-exp
 
     def terms(g: Tensor) -> Terms:
@@ -160,7 +168,8 @@ def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
         mapping = view.mapping.times(view.factor)
         if mapping is None:
             return NotImplemented
-        lse = _lse(x, "logsumexp", mapping) - view.factor * _lse(x, "logsumexp")
+        own = _lse(x, "logsumexp")
+        lse = _lse(x, "logsumexp", mapping) - view.factor * own
     out = (lse.unsqueeze(-1) if keepdim else lse).to(x.dtype)
     if keepdim and view.kind == "logits":
         of = weakref.ref(view.root), view.rows, view.mapping, out._version
@@ -221,7 +230,7 @@ def _top(x: LazyLogits, operation: str) -> Tensor | None:
     if view.family is not None:
         table.expect(view.family.reshape(-1))
     view.root.site.report.chains[" > ".join((*view.chain, operation))] += 1
-    return table.moment(view.rows.reshape(-1), "argmax").view(view.rows.shape)
+    return table.moment(view.rows.reshape(-1), "argmax", follows=False).view(view.rows.shape)
 
 
 @handles("argmax")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from orpo_kernels.integrations.lazy.nodes import InPlaceNode, ViewNode
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits
 from orpo_kernels.integrations.lazy.symbols import View
@@ -27,6 +29,8 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def made(x: LazyLogits, view: View) -> LazyLogits:
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return LazyLogits(view)
     out: LazyLogits = ViewNode.apply(x, view)
     return out
 

@@ -102,7 +102,7 @@ class Root:
         self.stored = 0  # bytes of E that wait for backward
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
         self.columns: list[Column] = []
-        self._mean_weights: dict[int, Tensor] = {}  # by the number of columns
+        self._means: dict[int, Tensor] = {}  # by the number of columns, [rows]
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
 
@@ -165,10 +165,20 @@ class Root:
         )
 
     def table(self, mapping: Map) -> Table:
-        key = mapping.key
+        key, twice = mapping.key, mapping.times(2.0)
         if key not in self.tables:
             self.tables[key] = Table(self, mapping)
+            if twice is not None and twice.key in self.tables:  # from the next batch on one pass is for both
+                self.site.moments.setdefault(mapping.kind, set()).add("lse2")
         return self.tables[key]
+
+    def table_of_half(self, mapping: Map) -> Table | None:
+        """That of half the values, which some consumer reads too: its log-sum-exps of twice its values are these."""
+        half = mapping.times(0.5)
+        if half is None or mapping.key in self.tables:
+            return None
+        known = half.key in self.tables or "lse2" in self.site.moments.get(half.kind, ())
+        return self.table(half) if known else None
 
     def head(self, mapping: Map, weights: tuple[Tensor, Tensor | None] | None = None) -> Head:
         """The map from ``hidden_of(mapping)`` to the values."""
@@ -198,16 +208,22 @@ class Root:
         """Mean over the vocabulary of each row; a product only under a softcap."""
         if mapping.softcap is not None:
             return self.table(mapping).moment(rows, "mean")
-        head = self.head(mapping)
-        hidden, known = self.hidden_of(mapping), self._mean_weights
-        if mapping.vocab not in known:
-            known[mapping.vocab] = self.site.select(hidden).mean_weight(head.weight)
-        mean_weight = known[mapping.vocab]
-        found = [hidden[rows[of]].to(self.acc) @ mean_weight for of in slices(rows.numel(), SPARSE_ROWS)]
-        mean = torch.cat(found) if found else hidden.new_zeros(0, dtype=self.acc)
-        if head.bias is not None:
-            mean += head.bias.mean(dtype=torch.float64).to(self.acc)
-        return mean * mapping.scale
+        if mapping.vocab not in self._means:  # of every row at once: there is hardly anything cheaper
+            self._means[mapping.vocab] = self._means_of_head(mapping.vocab)
+        means = self._means[mapping.vocab][rows]
+        if mapping.bias is not None:
+            means = means + mapping.bias.mean(dtype=torch.float64).to(self.acc)
+        means = means * mapping.scale
+        return means if mapping.row_scale is None else means * mapping.row_scale[rows]
+
+    def _means_of_head(self, vocab: int) -> Tensor:
+        """Mean over its first columns of what the head returns, ``[rows]``."""
+        weight, bias = self.weights()
+        mean_weight = self.site.select(self.hidden).mean_weight(weight[:vocab])
+        means = torch.empty(self.rows.shape, dtype=self.acc, device=self.device)
+        for of in slices(self.rows.numel(), SPARSE_ROWS):
+            torch.mv(self.hidden[of].to(self.acc), mean_weight, out=means[of])
+        return means if bias is None else means + bias[:vocab].mean(dtype=torch.float64).to(self.acc)
 
     def logits(self, mapping: Map, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Values of ``rows [k]``, some rows at a time, ``[n, V]`` in the accumulation dtype."""
@@ -256,18 +272,40 @@ class Pass(NamedTuple):
     plan: Plan
 
 
+class Known:
+    """Of which rows something is known."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.mask = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.count = 0  # of them, so that nobody waits for a GPU to hear that all are
+
+    @property
+    def whole(self) -> bool:
+        return self.count == self.mask.numel()
+
+    def missing(self, rows: Tensor) -> Tensor:
+        """Those of ``rows [k]`` that are not known, each once."""
+        wanted = torch.zeros_like(self.mask)
+        wanted[rows] = True
+        return torch.nonzero(wanted & ~self.mask).view(-1)
+
+    def add(self, missing: Tensor) -> None:
+        self.mask[missing] = True
+        self.count += missing.numel()
+
+
 class Table:
     """What is known of the rows of a root under one map."""
 
     def __init__(self, root: Root, mapping: Map) -> None:
         n = root.rows.numel()
         self._root, self.mapping = weakref.ref(root), mapping  # weak, as the root owns its tables
-        self.known = torch.zeros(n, dtype=torch.bool, device=root.device)
+        self.known = Known(n, root.device)
         self.ids = torch.zeros(n, dtype=torch.int64, device=root.device)
         self.logps, self.labels = torch.zeros((2, n), dtype=root.acc, device=root.device)
         self.passes: list[Pass] = []
         self.family: Tensor | None = None
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}  # by name: values, and of which rows
+        self._moments: dict[str, tuple[Tensor, Known]] = {}  # by name: values, and of which rows
 
     @property
     def root(self) -> Root:
@@ -275,9 +313,9 @@ class Table:
         assert root is not None  # who asks has it from there
         return root
 
-    def logps_of(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Log-probabilities of ``ids [k]`` at ``rows [k]``."""
-        self.compute(rows, ids)
+    def logps_of(self, rows: Tensor, ids: Tensor, *, follows: bool = True) -> Tensor:
+        """Log-probabilities of ``ids [k]`` at ``rows [k]``; ``follows`` as in ``compute``."""
+        self.compute(rows, ids, follows=follows)
         logps = self.logps[rows]
         other = self.ids[rows] != ids
         if other.any():  # a row whose log-sum-exp another label has brought
@@ -287,34 +325,29 @@ class Table:
 
     def expect(self, rows: Tensor) -> None:
         """Rows that will be asked for piece by piece: computed together with the first of them."""
-        if not self.known[rows].all():
+        if not self.known.whole and not self.known.mask[rows].all():
             self.family = rows
 
-    def lse(self, rows: Tensor) -> Tensor:
-        """Log-sum-exp at ``rows [k]``."""
-        self.compute(rows)
+    def lse(self, rows: Tensor, *, follows: bool = True) -> Tensor:
+        """Log-sum-exp at ``rows [k]``; ``follows`` as in ``compute``."""
+        self.compute(rows, follows=follows)
         return self.labels[rows] - self.logps[rows]
 
-    def moment(self, rows: Tensor, name: str) -> Tensor:
+    def moment(self, rows: Tensor, name: str, *, follows: bool = True) -> Tensor:
         """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
         if not rows.numel():
             return (self.ids if name == "argmax" else self.logps)[rows]
         wanted = "expected" if name == "entropy" else name
         self.root.site.moments.setdefault(self.mapping.kind, set()).add(wanted)
-        self.compute(rows)
-        known = self._moments[name][1] if name in self._moments else torch.zeros_like(self.known)
-        missing = self._missing(rows, known)
+        self.compute(rows, follows=follows)
+        known = self._moments[name][1] if name in self._moments else Known(self.known.mask.numel(), rows.device)
+        missing = rows[:0] if known.whole else known.missing(rows)
         if missing.numel():
             part = self.part(missing)._replace(moments=(wanted,))
             with torch.no_grad(), torch.autocast(part.hidden.device.type, enabled=False):
                 self._keep(missing, self.root.site.select(part.hidden).moments(part))
             self.root.count(missing.numel())
         return self._moments[name][0][rows]
-
-    def _missing(self, rows: Tensor, known: Tensor) -> Tensor:
-        wanted = torch.zeros_like(known)
-        wanted[rows] = True
-        return torch.nonzero(wanted & ~known).view(-1)
 
     def part(self, rows: Tensor, head: Head | None = None, scratch: int = DEFAULT_WORKSPACE) -> Part:
         """These rows ``[n]`` of the root and their labels, by themselves."""
@@ -327,20 +360,28 @@ class Table:
         for name, some in found._asdict().items():
             if some is not None:
                 if name not in self._moments:
-                    self._moments[name] = some.new_zeros(self.known.shape), torch.zeros_like(self.known)
+                    of = self.known.mask
+                    self._moments[name] = some.new_zeros(of.shape), Known(of.numel(), of.device)
                 values, known = self._moments[name]
-                values[rows], known[rows] = some, True
+                values[rows] = some
+                known.add(rows)
 
     @torch.no_grad()
-    def compute(self, rows: Tensor, ids: Tensor | None = None) -> None:
-        """One product for the rows that are not known yet."""
+    def compute(self, rows: Tensor, ids: Tensor | None = None, *, follows: bool = True) -> None:
+        """One product for the rows that are not known yet, or what prepares their way back too.
+
+        Without ``follows`` no gradient comes back from who asks. Where another consumer has asked for gradients before,
+        the rows that it left out, as a loss leaves out the prompt that an accuracy counts, hardly get one later.
+        """
         root = self.root
         if ids is not None:
             root.hints = torch.zeros_like(self.ids) if root.hints is None else root.hints
             root.hints[rows] = ids
+        if self.known.whole:
+            return
         if self.family is not None:
             rows, self.family = torch.cat([rows, self.family]), None
-        missing = self._missing(rows, self.known)
+        missing = self.known.missing(rows)
         n = missing.numel()
         if n == 0:
             return
@@ -349,7 +390,7 @@ class Table:
         part = self.part(missing)
         backend, limit = root.site.select(part.hidden), root.site.workspace_bytes or DEFAULT_WORKSPACE
         plan = choose(
-            root.needs,
+            root.needs if follows or not self.passes else Needs(False, False, False),
             Sizes((n,), (n, 0), 0, 0, 0, False, n),
             vocab=part.head.vocab,
             features=part.head.features,
@@ -370,7 +411,8 @@ class Table:
                 found = root.site.select(part.hidden).forward(part, Grads(waiting, None, None), store=store)
         root.stored += plan.stored_bytes
         root.count(n * (1 + (plan.name == "frozen")))
-        self.known[missing], self.logps[missing] = True, found.logps
+        self.known.add(missing)
+        self.logps[missing] = found.logps
         self.labels[missing] = root.entries(self.mapping, missing, part.ids)
         if found.moments is not None:
             self._keep(missing, found.moments)

@@ -44,12 +44,8 @@ class Edit(NamedTuple):
     graph: object  # ``View.graph`` of what was scaled where autograd followed it, else None
 
 
-# What the handlers themselves ask of a stand-in, many times an operation.
-_PLAIN = {torch.Tensor.dim}
-_PLAIN.update(
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn")
-)
+# What the handlers themselves ask of a stand-in, many times an operation. Its shape, dtype and device are its view's.
+_PLAIN = frozenset(getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn"))
 
 
 class LazyLogits(torch.Tensor):
@@ -82,6 +78,13 @@ class LazyLogits(torch.Tensor):
 
     def __init__(self, view: View) -> None:
         pass
+
+    shape = property(lambda self: self.view_of.shape)  # type: ignore[assignment]
+    dtype = property(lambda self: self.view_of.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self.view_of.rows.device)  # type: ignore[assignment]
+
+    def dim(self) -> int:
+        return self.view_of.rows.dim() + 1
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

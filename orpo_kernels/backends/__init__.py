@@ -60,8 +60,8 @@ class Part(NamedTuple):
     shared_rows: bool = False  # a row may carry two targets, of this part or of another
     logit_means: bool = False  # whether ``Found.logit_means`` is wanted
     mean_weight: Tensor | None = None  # [H], the head's mean row: without a softcap it gives the mean logits
-    # Of "expected" (and the entropy), "mean" and "argmax" what ``Found.moments`` shall have, of a backend that forms it
-    # in the same pass.
+    # Of "expected" (and the entropy), "mean", "argmax" and "lse2" what ``Found.moments`` shall have, of a backend that
+    # forms it in the same pass.
     moments: Collection[str] = ()
 
 
@@ -72,6 +72,7 @@ class Moments(NamedTuple):
     entropy: Tensor | None = None  # -sum_v p_v log p_v; the log-sum-exp less the expected would cancel if a row is sure
     mean: Tensor | None = None  # mean over V
     argmax: Tensor | None = None  # int64, where the largest logit is; the first of equal ones
+    lse2: Tensor | None = None  # log sum_v exp(2 z_v); less twice the log-sum-exp it is log sum_v p_v^2
 
     @staticmethod
     def joined(parts: Sequence[Moments]) -> Moments:
@@ -90,6 +91,7 @@ class MomentSums:
         self.shift, self.wanted, self.vocab = shift, wanted, head.vocab
         self.masked = head.bias is not None  # whether a logit may be -inf
         self.sums = shift.new_zeros(2, shift.shape[0])  # of exp(u - largest) and exp(u - largest) * (u - largest)
+        self.squares = torch.zeros_like(shift)  # of exp(u - largest)
         self.total = torch.zeros_like(shift)
         self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min / 2)
         self.argmax = torch.zeros_like(shift, dtype=torch.int64)
@@ -107,7 +109,7 @@ class MomentSums:
             largest, place = shifted.max(0)
             self.argmax = torch.where(largest > before, place + first, self.argmax)
             self.largest = torch.maximum(largest, before)
-        if "expected" not in self.wanted:
+        if not {"expected", "lse2"} & {*self.wanted}:
             return
         if "argmax" not in self.wanted:
             self.largest = torch.maximum(shifted.amax(0), before)
@@ -119,7 +121,11 @@ class MomentSums:
         self.sums[1] += self.sums[0] * moved
         self.sums *= moved.exp()
         self.sums[0] += exps.sum(0)
-        self.sums[1] += exps.mul_(below).sum(0)
+        if "lse2" in self.wanted:
+            self.squares *= (2 * moved).exp()
+            self.squares += torch.linalg.vector_norm(exps, dim=0).square()
+        if "expected" in self.wanted:
+            self.sums[1] += exps.mul_(below).sum(0)
 
     def moments(self) -> Moments:
         expected = entropy = None
@@ -128,7 +134,9 @@ class MomentSums:
             below = weighted / exps
             expected, entropy = self.shift + (self.largest + below), exps.log() - below
         mean = self.shift + self.total / self.vocab if "mean" in self.wanted else None
-        return Moments(expected, entropy, mean, self.argmax if "argmax" in self.wanted else None)
+        argmax = self.argmax if "argmax" in self.wanted else None
+        lse2 = 2 * (self.shift + self.largest) + self.squares.log() if "lse2" in self.wanted else None
+        return Moments(expected, entropy, mean, argmax, lse2)
 
 
 class Found(NamedTuple):

@@ -300,7 +300,7 @@ def verl_checkpointed_entropy(logits: Tensor, batch: Batch) -> Result:
     return Result(-gathered(flat, index).mean() - 0.1 * entropy.mean(), {"entropy": entropy})
 
 
-@chain("verl, sum of squared probabilities", passes=2)
+@chain("verl, sum of squared probabilities")
 def verl_sum_of_squares(logits: Tensor, batch: Batch) -> Result:
     packed, index = _packed(logits, batch)
     flat = packed.squeeze(0)

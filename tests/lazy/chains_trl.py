@@ -195,7 +195,7 @@ def trl_012_dpo_padding_free(logits: Tensor, batch: Batch) -> Result:
     return Result(dpo(logps.view(batch.ids.shape).sum(-1), batch), {"logps": logps, **values})
 
 
-@chain("TRL 0.13-0.27 DPO with WPO", passes=2)
+@chain("TRL 0.13-0.27 DPO with WPO")
 def trl_012_wpo(logits: Tensor, batch: Batch) -> Result:
     """The weight of a pair is its likelihood beside the expected one, without gradient."""
     index, mask = answers(batch)
@@ -229,7 +229,7 @@ def trl_10_dpo(logits: Tensor, batch: Batch) -> Result:
     return Result(dpo((logps * mask).sum(-1), batch) + nll, values)
 
 
-@chain("TRL 0.29-1.9 DPO with WPO", passes=2)
+@chain("TRL 0.29-1.9 DPO with WPO")
 def trl_10_wpo(logits: Tensor, batch: Batch) -> Result:
     index, mask = answers(batch)
     shifted = logits[..., :-1, :]

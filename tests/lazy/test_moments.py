@@ -17,33 +17,35 @@ from tests.cases import FACTOR, VALUE_FLOOR
 MASKED = -torch.inf
 
 
-def formulas(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """Expectation and mean of the logits, and the logits, as full logits in the head's dtype give them."""
+def formulas(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Expectation and mean of the logits, lse(2z), and the logits, as full logits in the head's dtype give them."""
     bias = None if head.bias is None else head.bias.to(head.weight)
     logits = head.cap((F.linear(hidden, head.weight, bias) * head.logit_scale).to(acc_dtype(hidden.dtype)))
     probs = torch.log_softmax(logits, -1).exp()
     finite = logits.masked_fill(logits == MASKED, 0)
-    return (probs * finite).sum(-1), logits.mean(-1), logits
+    return (probs * finite).sum(-1), logits.mean(-1), torch.logsumexp(2 * logits, -1), logits
 
 
 def assert_moments(found: Moments, hidden: Tensor, head: Head) -> None:
     assert found.expected is not None
     assert found.mean is not None
     assert found.argmax is not None
+    assert found.lse2 is not None
     dtype = hidden.dtype
     exact = Head(head.weight.double(), None if head.bias is None else head.bias.double(), *head[2:])
-    expected, mean, logits = formulas(hidden.double(), exact)
-    naive_expected, naive_mean, naive = formulas(hidden, head)
+    expected, mean, lse2, logits = formulas(hidden.double(), exact)
+    naive_expected, naive_mean, naive_lse2, naive = formulas(hidden, head)
     size = logits.masked_fill(logits == MASKED, 0).abs().amax(-1)
     floor = VALUE_FLOOR[dtype] * size.clamp(min=1)
-    for name, ours, theirs, true in (
-        ("expected", found.expected, naive_expected, expected),
-        ("mean", found.mean, naive_mean, mean),
+    for name, ours, theirs, true, factor in (
+        ("expected", found.expected, naive_expected, expected, 1),
+        ("mean", found.mean, naive_mean, mean, 1),
+        ("lse2", found.lse2, naive_lse2, lse2, 2),  # of twice the logits
     ):
         masked = true == MASKED
         assert torch.equal(ours == MASKED, masked), name
         error, other = ((x.double() - true).masked_fill(masked, 0).abs() for x in (ours, theirs))
-        assert (error <= FACTOR * other.max() + floor).all(), f"{name}: {error.max():.2e}, naive {other.max():.2e}"
+        assert (error <= FACTOR * other.max() + factor * floor).all(), f"{name}: {error.max():.2e}, naive {other.max():.2e}"
     assert found.argmax.dtype == torch.int64
     lead = logits.amax(-1) - logits.gather(-1, found.argmax[:, None])[:, 0]
     assert (lead <= floor + FACTOR * (naive.double() - logits).masked_fill(logits == MASKED, 0).abs().amax(-1)).all()
@@ -89,7 +91,7 @@ def test_moments_are_the_formulas(
     if softcap is not None and bias == "masked":
         head = head._replace(bias=added.clamp(min=-1e3).to(dtype))  # whose tanh is no number below -softcap
     ids = torch.randint(0, vocab, (rows,), generator=generator)
-    part = Part(hidden, torch.arange(rows), ids, head, 1 << 16, moments=("expected", "mean", "argmax"))
+    part = Part(hidden, torch.arange(rows), ids, head, 1 << 16, moments=("expected", "mean", "argmax", "lse2"))
     backend = TorchBackend()
     found = backend.forward(part, Grads(None, None, None), store=store).moments
     assert found is not None
