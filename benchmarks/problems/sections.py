@@ -73,7 +73,15 @@ def sections(device: str) -> dict[str, list[Row]]:
         "softcap": rows(["gemma-cpu"], QUARTER, TRAINABLE, BOTH, everyone),
         "lengths": rows(SMALL, lengths, TRAINABLE, BF16, _without_compiled(everyone)),
         "logprobs": rows(SMALL, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
-        "lazy": [row for task in LOGITS_TASKS for row in rows(SMALL, QUARTER, TRAINABLE, BOTH, LOGITS, task=task)],
+        "lazy": [
+            row
+            for task in LOGITS_TASKS
+            for row in (
+                *rows(SMALL, QUARTER, TRAINABLE, BOTH, LOGITS, task=task),
+                # Where the products are nothing, what is left is what laziness costs a step.
+                *rows(["tiny-cpu"], ["tiny-cpu"], TRAINABLE, F32, LOGITS[1:], task=task),
+            )
+        ],
     }
 
 

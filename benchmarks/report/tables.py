@@ -29,8 +29,10 @@ RACE = {
 
 
 def number(value: Any, form: str = ".0f") -> str:
-    """A number in its form, "-" for none, a text as it is."""
-    return value if isinstance(value, str) else "-" if pd.isna(value) else format(value, form)
+    """A number in its form, "-" for none, a text as it is; a small one keeps two digits."""
+    if isinstance(value, str) or pd.isna(value):
+        return value if isinstance(value, str) else "-"
+    return format(value, ".2g" if form == ".0f" and 0 < abs(value) < 9.5 else form)
 
 
 def frame(rows: Iterable[Row]) -> pd.DataFrame:

@@ -64,8 +64,9 @@ class LazyLogits(torch.Tensor):
 
     @staticmethod
     def __new__(cls, view: View) -> LazyLogits:
+        shape = view.shape
         self: LazyLogits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
+            cls, shape, strides=_strides(shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.own, self.changed, self.lost, self.edits = view, None, False, None, []
         self.shown, self.columns, self.columns_known = False, [], {}
@@ -173,8 +174,9 @@ class LazyGrad(torch.Tensor):
 
     @staticmethod
     def __new__(cls, view: View, terms: Terms) -> LazyGrad:
+        shape = view.shape
         self: LazyGrad = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, view.shape, strides=_strides(view.shape), dtype=view.dtype, device=view.rows.device
+            cls, shape, strides=_strides(shape), dtype=view.dtype, device=view.rows.device
         )
         self.view_of, self.terms, self.inputs = view, terms, view.root.held()
         return self

@@ -45,7 +45,9 @@ def assert_moments(found: Moments, hidden: Tensor, head: Head) -> None:
         masked = true == MASKED
         assert torch.equal(ours == MASKED, masked), name
         error, other = ((x.double() - true).masked_fill(masked, 0).abs() for x in (ours, theirs))
-        assert (error <= FACTOR * other.max() + factor * floor).all(), f"{name}: {error.max():.2e}, naive {other.max():.2e}"
+        assert (error <= FACTOR * other.max() + factor * floor).all(), (
+            f"{name}: {error.max():.2e}, naive {other.max():.2e}"
+        )
     assert found.argmax.dtype == torch.int64
     lead = logits.amax(-1) - logits.gather(-1, found.argmax[:, None])[:, 0]
     assert (lead <= floor + FACTOR * (naive.double() - logits).masked_fill(logits == MASKED, 0).abs().amax(-1)).all()
