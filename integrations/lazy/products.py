@@ -107,6 +107,7 @@ class Sparse(_Sums):
         some = torch.nonzero(left).view(-1)
         if some.numel():
             others.append((some, table.ids[some], left[some]))
+        table.watch(softmax)
         g, head = -softmax, self.root.head(table.mapping, (self.weight, self.bias))
         done = torch.zeros_like(table.known.mask)
         for each in table.passes:

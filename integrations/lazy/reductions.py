@@ -46,10 +46,8 @@ def _spread(view: View, rows: Tensor, values: Tensor) -> Tensor:
 def _entries(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Tensor:
     """Logits at ``rows``, ``ids`` of one shape."""
     view, flat = x.view_of, (rows.reshape(-1), ids.reshape(-1))
-    if view.root.hints is None and ids.numel() == rows.numel():
-        view.root.hints = torch.zeros(view.root.rows.shape, dtype=torch.int64, device=ids.device)
-    if view.root.hints is not None:
-        view.root.hints[flat[0]] = flat[1]
+    if view.root.hints is not None or ids.numel() == rows.numel():
+        view.root.hint(*flat)
 
     def terms(g: Tensor) -> Terms:
         return {view.mapping.key: Term(view.mapping, entries=((*flat, g.reshape(-1)),))}

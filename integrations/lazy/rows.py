@@ -27,6 +27,7 @@ from orpo_kernels.settings import Head, Needs
 from orpo_kernels.targets import Sizes
 
 SPARSE_ROWS = 1024  # rows of the head gathered at once
+WATCHED = 8  # backward passes that are looked at to learn how a loss masks
 
 
 class Site:
@@ -36,6 +37,8 @@ class Site:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
         self.moments: dict[Any, set[str]] = {}  # by map, which were wanted: later passes form them in passing
+        self.filler: int | None = None  # the token that a loss gathers where it masks afterwards, once that is known
+        self.watched = 0  # backward passes that were looked at for it
 
     def select(self, hidden: Tensor) -> Backend:
         return select(self.backend, hidden.device, hidden.dtype)
@@ -95,7 +98,7 @@ class Root:
         self.rows = torch.arange(hidden.shape[0], device=hidden.device)
         self.dtype, self.device = hidden.dtype, hidden.device
         self.acc = acc_dtype(hidden.dtype)
-        self.hints: Tensor | None = None  # [rows], a label that was asked for: the best shift of its row
+        self.hints: Tensor | None = None  # [rows], a label that was asked for, the best shift of its row, or -1
         self.tables: dict[Any, Table] = {}
         self.views: list[weakref.ref[Tensor]] = []
         self.expired = False
@@ -163,6 +166,12 @@ class Root:
             "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
             "gathered again: compute it before, or unfuse(model)"
         )
+
+    def hint(self, rows: Tensor, ids: Tensor) -> None:
+        """These ``ids [k]`` are what a loss wants to know of ``rows [k]``."""
+        if self.hints is None:
+            self.hints = torch.full_like(self.rows, -1)
+        self.hints[rows] = ids
 
     def table(self, mapping: Map) -> Table:
         key, twice = mapping.key, mapping.times(2.0)
@@ -375,22 +384,48 @@ class Table:
         """
         root = self.root
         if ids is not None:
-            root.hints = torch.zeros_like(self.ids) if root.hints is None else root.hints
-            root.hints[rows] = ids
+            root.hint(rows, ids)
         if self.known.whole:
             return
         if self.family is not None:
             rows, self.family = torch.cat([rows, self.family]), None
         missing = self.known.missing(rows)
-        n = missing.numel()
+        if missing.numel() == 0:
+            return
+        prepare, filler = follows or not self.passes, root.site.filler
+        if root.hints is None:
+            self._pass(missing, prepare)
+            return
+        hints = root.hints[missing]
+        self.ids[missing] = hints.clamp(0, self.mapping.vocab - 1)
+        if filler is None or not prepare:
+            self._pass(missing, prepare)
+            return
+        # What will be masked needs its value, as the loss reads it, and no way back.
+        for some, gradient in ((hints != filler, True), (hints == filler, False)):
+            self._pass(missing[some], gradient)
+
+    def watch(self, g: Tensor) -> None:
+        """Learn from the gradient ``[rows]`` of log-probabilities which token stands where the loss masks."""
+        site, hints = self.root.site, self.root.hints
+        if site.filler is not None or hints is None or site.watched == WATCHED:
+            return
+        site.watched += 1
+        masked = self.known.mask & (g == 0)
+        token = hints[masked].mode().values if masked.any() else hints.new_tensor(-1)
+        of = (hints == token) & self.known.mask
+        if token >= 0 and of.sum() * 16 >= len(of) and not (of & ~masked).any():
+            site.filler = int(token)
+
+    def _pass(self, missing: Tensor, prepare: bool) -> None:
+        """A product for rows ``[n]`` that are not known, with their way back where it is to be prepared."""
+        root, n = self.root, missing.numel()
         if n == 0:
             return
-        if root.hints is not None:
-            self.ids[missing] = root.hints[missing].clamp(max=self.mapping.vocab - 1)
         part = self.part(missing)
         backend, limit = root.site.select(part.hidden), root.site.workspace_bytes or DEFAULT_WORKSPACE
         plan = choose(
-            root.needs if follows or not self.passes else Needs(False, False, False),
+            root.needs if prepare else Needs(False, False, False),
             Sizes((n,), (n, 0), 0, 0, 0, False, n),
             vocab=part.head.vocab,
             features=part.head.features,
