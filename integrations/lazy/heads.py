@@ -61,6 +61,7 @@ class _LazyForward:
         trainable = weight is head.weight and weight.requires_grad
         root = Root(self.site, inputs, needs, sequences=input.shape[:-2].numel(), trainable=trainable)
         self.site.report.calls += 1
+        self.site.report.rows += root.rows.numel()
         return lazy_logits(root, input, weight, bias, input.dtype)
 
     def replica(self) -> nn.Module:
