@@ -14,6 +14,7 @@ from orpo_kernels.backends import GivenPairs, acc_dtype, select
 from orpo_kernels.engine import Call
 from orpo_kernels.plan import Plan, choose
 from orpo_kernels.settings import Batch, Head, Needs, Settings, checked, checked_head
+from orpo_kernels.shards import local
 from orpo_kernels.targets import Targets, label_sizes, label_targets, pair_sizes
 
 
@@ -28,6 +29,13 @@ def ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Numbers checked, and tensors cast as autocast would for ``F.linear``; float64 is left alone, as it leaves it."""
     if not torch.compiler.is_compiling():
         head = checked_head(head)
+        hidden, weight, bias, shard = local(hidden, head.weight, head.bias, head.shard)
+        head = head._replace(weight=weight, bias=bias, shard=shard)
+    elif head.shard is not None or hasattr(head.weight, "full_tensor"):
+        raise TypeError(
+            "inside torch.compile the head must be whole, got one that is split over ranks: call the loss outside the "
+            "compiled region"
+        )
     device = hidden.device.type if isinstance(hidden, Tensor) and not hidden.is_meta else "cpu"
     if not torch.is_autocast_enabled(device):
         return hidden, head
@@ -57,19 +65,26 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
     labels = batch.labels.long().reshape(-1).contiguous()
     needs = needs or Needs.of(hidden, head)
     backend = select(settings.backend, hidden.device, hidden.dtype)
+    if head.shard is not None and not backend.takes_shards:
+        raise ValueError(f"backend {backend.name} takes no head that is split over ranks: pass 'torch' or 'triton'")
+    group = settings.sequence_group
     plan_of = partial(
         choose,
         needs,
-        vocab=head.vocab,
+        vocab=head.widest,
         features=head.features,
         dtype=hidden.dtype,
         workspace_bytes=settings.workspace_bytes,
         backend=backend,
     )
     if objective is None:
-        sizes = label_sizes(labels, head.vocab, ignore)
+        sizes = label_sizes(labels, head.whole_vocab, ignore)
         plan = plan_of(sizes, splits=False)
-        return Prepared(plan, lambda: Call(label_targets(labels, sizes, ignore), None, needs, plan, backend))
+
+        def call_of_labels() -> Call:
+            return Call(label_targets(labels, sizes, ignore, head.places), None, needs, plan, backend)
+
+        return Prepared(plan, call_of_labels)
 
     if batch.cu_seqlens is None:
         offsets = checks.padded_offsets(hidden)
@@ -84,8 +99,10 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         "reference_logps", batch.reference_logps, hidden, 2 * pairs, "a sum for each sequence, chosen first"
     )
     checks.check_pair_numbers("margins", batch.margins, hidden, pairs, "one for each pair")
-    sizes, table = pair_sizes(labels, nll_labels, offsets, head.vocab, ignore, backend.count)
-    plan = plan_of(sizes, splits=not getattr(objective, "couples_pairs", False))
+    count = partial(backend.count, labels, nll_labels, offsets, ignore)
+    sizes, table, of_sequences = pair_sizes(labels, head.whole_vocab, ignore, count, group)
+    # Ranks that share sequences add up their sums once; each cuts its own positions as it likes.
+    plan = plan_of(sizes, splits=group is None and not getattr(objective, "couples_pairs", False))
     given = GivenPairs(
         objective,
         settings.weight_of_nll,
@@ -96,7 +113,8 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
 
     def call() -> Call:
         columns = backend.compact(labels, nll_labels, offsets, table, sizes.count, ignore)
-        targets = Targets(columns.rows, columns.ids, sizes, columns.kind, columns.offsets, table)
+        places = head.places(columns.ids)
+        targets = Targets(columns.rows, places, sizes, columns.kind, columns.offsets, of_sequences, group)
         return Call(targets, given, needs, plan, backend)
 
     return Prepared(plan, call)
