@@ -278,7 +278,7 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
 
     ``explain(linear_logprobs, hidden, weight, labels)``; without a function it is ``orpo_loss``.
     ``print(explain(...))`` says which plan, how many products, how many groups, how many bytes, and why. It counts the
-    labels, for which the host waits on a GPU.
+    labels, for which the host waits on a GPU; with ``sequence_group`` every rank of it has to call.
 
     Raises:
         TypeError, ValueError: as the function.

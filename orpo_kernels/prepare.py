@@ -14,7 +14,7 @@ from orpo_kernels.backends import GivenPairs, acc_dtype, select
 from orpo_kernels.engine import Call
 from orpo_kernels.plan import Plan, choose
 from orpo_kernels.settings import Batch, Head, Needs, Settings, checked, checked_head
-from orpo_kernels.shards import local
+from orpo_kernels.shards import Shard
 from orpo_kernels.targets import Targets, label_sizes, label_targets, pair_sizes
 
 
@@ -29,8 +29,8 @@ def ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Numbers checked, and tensors cast as autocast would for ``F.linear``; float64 is left alone, as it leaves it."""
     if not torch.compiler.is_compiling():
         head = checked_head(head)
-        hidden, weight, bias, shard = local(hidden, head.weight, head.bias, head.shard)
-        head = head._replace(weight=weight, bias=bias, shard=shard)
+        if hasattr(head.weight, "full_tensor"):  # a DTensor
+            hidden, head = _own_rows(hidden, head)
     elif head.shard is not None or hasattr(head.weight, "full_tensor"):
         raise TypeError(
             "inside torch.compile the head must be whole, got one that is split over ranks: call the loss outside the "
@@ -46,6 +46,33 @@ def ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
         return tensor.to(dtype) if eligible else tensor
 
     return cast(hidden), head._replace(weight=cast(head.weight), bias=cast(head.bias))
+
+
+def _own_rows(hidden: Any, head: Head) -> tuple[Any, Head]:
+    """The rows that this rank holds of a head whose weight is a DTensor, where its ranks hold the same hidden states.
+
+    That is so if ``shard`` says it, or the mesh's dimension is called "tp", as transformers, accelerate and torchtitan
+    call it. Under FSDP2 the weight looks alike but hidden states differ: any other is left for ``checks`` to refuse.
+
+    Raises:
+        ValueError: hidden is split, or the weight is not split as ``Shard.of`` asks.
+    """
+    weight, bias, shard = head.weight, head.bias, head.shard
+    if shard is None and getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) != ("tp",):
+        return hidden, head
+    found = Shard.of(weight)
+    if shard is not None and shard.offsets != found.offsets:
+        raise ValueError(f"shard has offsets {shard.offsets}, but weight is split at {found.offsets}: drop shard")
+
+    def own(tensor: Any) -> Any:
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+    if not all(placement.is_replicate() for placement in getattr(hidden, "placements", ())):
+        raise ValueError(
+            f"hidden must be whole on every rank that holds a part of the head, got {hidden.placements}: redistribute "
+            "it to Replicate()"
+        )
+    return own(hidden), head._replace(weight=own(weight), bias=own(bias), shard=shard or found)
 
 
 def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Needs | None = None) -> Prepared:

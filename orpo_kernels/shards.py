@@ -135,31 +135,3 @@ class Shard:
     def mean(self, means: Tensor) -> Tensor:
         """Means over the whole vocabulary from those over this rank's tokens."""
         return self.sum(means * (self.rows / self.vocab))
-
-
-def local(hidden: Any, weight: Any, bias: Any, shard: Shard | None) -> tuple[Any, Any, Any, Shard | None]:
-    """DTensors as this rank's tensors, and how the weight is split, where that is known.
-
-    A weight split by rows over a mesh is one for tensor parallelism if ``shard`` says so or the mesh's dimension is
-    called "tp", as transformers, accelerate and torchtitan call it. Under FSDP2 it looks the same, but its ranks hold
-    hidden states of their own, so any other is left for ``checks`` to refuse.
-
-    Raises:
-        ValueError: hidden is split, or the weight is not split as ``Shard.of`` asks.
-    """
-    if not hasattr(weight, "full_tensor"):
-        return hidden, weight, bias, shard
-    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None)
-    if shard is None and names != ("tp",):
-        return hidden, weight, bias, shard
-    found = Shard.of(weight)
-    if shard is not None and shard.offsets != found.offsets:
-        raise ValueError(f"shard has offsets {shard.offsets}, but weight is split at {found.offsets}: drop shard")
-    if hasattr(hidden, "full_tensor"):
-        if not all(placement.is_replicate() for placement in hidden.placements):
-            raise ValueError(
-                f"hidden must be replicated over the ranks that split the head, got {hidden.placements}: redistribute "
-                "it to Replicate()"
-            )
-        hidden = hidden.to_local()
-    return hidden, weight.to_local(), bias.to_local() if hasattr(bias, "full_tensor") else bias, shard or found

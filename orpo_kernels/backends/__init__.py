@@ -217,7 +217,10 @@ class Backend(ABC):
         return targets.compact(labels, nll_labels, offsets, table, size, ignore_index)
 
     def pair_terms(self, found: Found, pairs: Pairs, given: GivenPairs) -> PairTable:
-        """From log-probabilities to what each pair adds to the loss, and back to a coefficient for each target."""
+        """From log-probabilities to what each pair adds to the loss, and back to a coefficient for each target.
+
+        Sums over a sequence are ``pairs.sums``, which knows what other ranks have of it.
+        """
         acc = found.logps.dtype
         lengths = pairs.per_pair(0).to(acc)
         valid = (lengths > 0).all(1)

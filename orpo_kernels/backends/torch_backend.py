@@ -196,6 +196,7 @@ class TorchBackend(Backend):
                 exp_logits[:, again] = columns.to(compute)
             del columns  # before the next run's is allocated
 
+        slope = head.slope(label)
         if head.shard is not None:
             common = head.shard.largest(shift)
             for again in _indices(common > shift):  # overflowed on another rank alone
@@ -206,9 +207,8 @@ class TorchBackend(Backend):
                         columns[:, again] = (columns[:, again] * factor).to(columns.dtype)
                 overflowed[again] = True
             shift, sum_exp = common, head.shard.sum(sum_exp)
-        logps, inv_denom, entry = finalize(label, shift, sum_exp, head.slope(label))
-        if head.shard is not None:
-            entry = torch.where(ids >= 0, entry, 0)
+            slope = torch.where(ids >= 0, slope, 0.0)  # the label's entry is its owner's
+        logps, inv_denom, entry = finalize(label, shift, sum_exp, slope)
         if exp_logits is not None:
             exp_logits.index_put_((ids, torch.arange(n, device=ids.device)), entry.to(compute))
         waiting = None

@@ -1,6 +1,6 @@
 """One of several processes on gloo: heads split by rows of the vocabulary, and sequences split by positions.
 
-usage: python -m tests.core.parallel_worker RANK WORLD FOLDER
+usage: python -m tests.core.parallel_worker RANK WORLD FOLDER [WORDS in the names of the checks to run]
 
 Writes FOLDER/rank{RANK}.json: of each check None, or its traceback.
 """
@@ -25,8 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as SplitAlong
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accuracy import GRAD_FLOOR, VALUE_FLOOR, relative_error
@@ -194,6 +196,7 @@ def heads() -> dict[str, Callable[[], Spread]]:
         "overflow": overflowing(),
         "overflow bfloat16": overflowing(dtype=bfloat16),
         "overflow recompute": overflowing(),
+        "overflow recompute bfloat16": overflowing(dtype=bfloat16),
         "overflow frozen": overflowing(needs="hidden"),
         "many rows in chunks": frozen(make(float32, pairs=1, length=2500, vocab=300)),
         "many rows in chunks, recompute": make(float32, pairs=1, length=2500, vocab=300),
@@ -378,6 +381,35 @@ def check_dtensors() -> None:
         torch.testing.assert_close(case.hidden.grad, expected["hidden"])
 
 
+def check_fsdp() -> None:
+    """FSDP2 over one dimension of a mesh gathers the rows that tensor parallelism leaves to a rank of the other."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    case = make(torch.float64, pairs=2, features=32)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Linear(32, 32, dtype=torch.float64)
+            self.head = torch.nn.Linear(32, 500, bias=False, dtype=torch.float64)
+
+        def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+            return orpo_loss(self.body(hidden), self.head.weight, labels).loss
+
+    torch.manual_seed(0)
+    model = Model()
+    halves = [[1, 3], [0, 2]]  # of the batch: one pair each
+    expected = torch.autograd.grad(
+        sum(model(case.hidden[half], case.labels[half]) for half in halves) / 2, list(model.parameters())
+    )
+    spread_out = parallelize_module(model, mesh["tp"], {"head": ColwiseParallel()})
+    fully_shard(spread_out, mesh=mesh["dp"])
+    half = halves[mesh["dp"].get_local_rank()]
+    spread_out(case.hidden[half].detach(), case.labels[half]).backward()
+    for parameter, grad in zip(spread_out.parameters(), expected, strict=True):
+        assert isinstance(parameter.grad, DTensor)
+        torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+
+
 def check_unnamed_dtensor_is_refused() -> None:
     """A DTensor split by rows is as likely FSDP2's, whose ranks have other sequences: nobody guesses."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -409,7 +441,7 @@ def check_refusals() -> None:
     refused(TypeError, "pass .get_group", lambda: orpo_loss(hidden, case.weight, labels, sequence_group=mesh))
     refused(ValueError, r"placed as Shard\(0\)", lambda: orpo_loss(hidden, split, labels))
     refused(ValueError, "drop shard", lambda: orpo_loss(hidden, own, labels, shard=uneven(500)))
-    refused(ValueError, "hidden must be replicated", lambda: orpo_loss(hidden_split, own, labels))
+    refused(ValueError, "hidden must be whole on every rank", lambda: orpo_loss(hidden_split, own, labels))
     refused(ValueError, "labels holds 500", lambda: orpo_loss(hidden, rows, labels.clamp(min=500), shard=shard))
     refused(
         ValueError,
@@ -513,6 +545,8 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
     found["any objective"] = check_any_objective
     found["labels out of range"] = check_bad_labels_fail_everywhere
     found["DTensors"] = check_dtensors
+    if dist.get_world_size() == 4:
+        found["FSDP2 over tensor parallelism"] = check_fsdp
     found["DTensor of an unnamed mesh"] = check_unnamed_dtensor_is_refused
     found["refusals"] = check_refusals
     found["torch.compile"] = check_compiled_is_refused
@@ -525,6 +559,8 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # and NaN in memory that nobody wrote, as in tests/conftest.py
+    torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), TRITON_INTERPRET="1")
     # If one rank fails where another does not, the other waits no longer than this.
     dist.init_process_group(
@@ -535,9 +571,8 @@ def main() -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     results: dict[str, str | None] = {}
-    only = sys.argv[4] if len(sys.argv) > 4 else ""
     for name, each in checks(folder).items():
-        if only not in name:
+        if not all(word in name for word in sys.argv[4:]):
             continue
         try:
             each()
