@@ -236,6 +236,25 @@ def check_values(case: Callable[[], Spread]) -> None:
         check(made, upstream=0.5)
 
 
+def check_next_to_overflow() -> None:
+    """Rows that overflow on one rank, while another's best logit is but a little less: its shift moves, E is computed
+    again under one that bfloat16 does not have, and it is not rounded to it."""
+    case = make(torch.bfloat16, keep=1.0)
+    second = 500 // dist.get_world_size()
+    with torch.no_grad():
+        case.weight[:, :2] = torch.tensor([0.0, 1.0])  # what is added to every logit makes them coarse in bfloat16
+        case.weight[3, 0], case.weight[0, 0], case.weight[second, 0] = -1.8984375, 1.9140625, 1.84375
+        case.hidden.mul_(0.02)
+        case.hidden[..., :2] = torch.tensor([16.0, 301.0])
+    case.labels[:] = 3
+    whole = case.ours(workspace_bytes=1)
+    part = spread(case, Shard.even(500), None, 1).ours()
+    torch.testing.assert_close(part.loss, whole.loss, rtol=VALUE_FLOOR[torch.bfloat16], atol=0)
+    expected = case.grads(whole.loss)
+    for name, grad in case.grads(part.loss).items():
+        assert relative_error(grad, expected[name].double()) < 2 * GRAD_FLOOR[torch.bfloat16], name
+
+
 def check_logprobs(case: Case, backend: str = "torch", **options: Any) -> None:
     """Log-probabilities under an upstream gradient that comes late."""
     made = spread(case, uneven(case.weight.shape[0]))
@@ -531,6 +550,7 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         found[f"log-probabilities {dtype}"] = partial(check_logprobs, make(dtype, bias=True, logit_scale=0.7))
     found["log-probabilities, recompute"] = partial(check_logprobs, make(torch.float64, softcap=4.0), workspace_bytes=1)
+    found["log-probabilities next to overflow"] = check_next_to_overflow
     masked = make(torch.float32, bias=True)  # tokens that cannot be, on some ranks all
     with torch.no_grad():
         assert masked.bias is not None
