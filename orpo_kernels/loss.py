@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, ParamSpec, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from orpo_kernels import operators
 from orpo_kernels.backends import Backend, check_name
@@ -102,7 +101,7 @@ def preference_loss(
     shard: Shard | None = None,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
-    sequence_group: ProcessGroup | None = None,
+    sequence_group: torch.distributed.ProcessGroup | None = None,
     backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> PreferenceOutput:
@@ -195,7 +194,7 @@ def orpo_loss(
     shard: Shard | None = None,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
-    sequence_group: ProcessGroup | None = None,
+    sequence_group: torch.distributed.ProcessGroup | None = None,
     backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> OrpoOutput:

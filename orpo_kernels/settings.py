@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from orpo_kernels.shards import Shard
 
@@ -183,10 +182,11 @@ def checked(settings: Settings) -> Settings:
     most = settings.workspace_bytes
     if most is not None and (isinstance(most, bool) or not isinstance(most, Integral) or most <= 0):
         raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {most!r}")
-    if settings.sequence_group is not None and not isinstance(settings.sequence_group, ProcessGroup):
+    group = settings.sequence_group
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
-            "sequence_group must be a torch.distributed.ProcessGroup or None, got "
-            f"{type(settings.sequence_group).__name__}: of a DeviceMesh pass .get_group()"
+            f"sequence_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}: of a "
+            "DeviceMesh pass .get_group()"
         )
     return settings._replace(
         ignore_index=int(settings.ignore_index), workspace_bytes=None if most is None else int(most)

@@ -62,9 +62,9 @@ class Shard:
         object.__setattr__(self, "offsets", tuple(int(offset) for offset in self.offsets))
         ranks = dist.get_world_size(self.group)
         rises = all(a < b for a, b in pairwise(self.offsets))
-        if len(self.offsets) != ranks + 1 or self.offsets[0] != 0 or not rises:
+        if ranks < 1 or len(self.offsets) != ranks + 1 or self.offsets[0] != 0 or not rises:
             raise ValueError(
-                f"offsets must rise from 0 to the size of the vocabulary, one more than the {ranks} ranks of the group "
+                f"offsets must rise from 0 to the size of the vocabulary, one more than the {ranks} ranks of a group "
                 f"that this process is one of, got {self.offsets}: every rank holds at least one token"
             )
 

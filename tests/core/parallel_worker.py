@@ -29,6 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accuracy import GRAD_FLOOR, VALUE_FLOOR, relative_error
@@ -400,22 +401,25 @@ def check_dtensors() -> None:
         torch.testing.assert_close(case.hidden.grad, expected["hidden"])
 
 
+class Scored(torch.nn.Module):
+    """The loss inside a model's forward."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Linear(32, 32, dtype=torch.float64)
+        self.head = torch.nn.Linear(32, 500, bias=False, dtype=torch.float64)
+        self.options = options
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return orpo_loss(self.body(hidden), self.head.weight, labels, **self.options).loss
+
+
 def check_fsdp() -> None:
     """FSDP2 over one dimension of a mesh gathers the rows that tensor parallelism leaves to a rank of the other."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
     case = make(torch.float64, pairs=2, features=32)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = torch.nn.Linear(32, 32, dtype=torch.float64)
-            self.head = torch.nn.Linear(32, 500, bias=False, dtype=torch.float64)
-
-        def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-            return orpo_loss(self.body(hidden), self.head.weight, labels).loss
-
-    torch.manual_seed(0)
-    model = Model()
+    model = Scored()
     halves = [[1, 3], [0, 2]]  # of the batch: one pair each
     expected = torch.autograd.grad(
         sum(model(case.hidden[half], case.labels[half]) for half in halves) / 2, list(model.parameters())
@@ -427,6 +431,18 @@ def check_fsdp() -> None:
     for parameter, grad in zip(spread_out.parameters(), expected, strict=True):
         assert isinstance(parameter.grad, DTensor)
         torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+
+
+def check_ddp_over_sequences() -> None:
+    """DDP averages over the ranks that share sequences what is a sum: the loss times their number makes up for it."""
+    case, ranks = make(torch.float64, length=14), dist.get_world_size()
+    whole = Scored()
+    expected = torch.autograd.grad(whole(case.hidden, case.labels), list(whole.parameters()))
+    model = DistributedDataParallel(Scored(sequence_group=dist.group.WORLD))
+    every = (slice(None), slice(dist.get_rank(), None, ranks))
+    (ranks * model(case.hidden[every], case.labels[every])).backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
 
 
 def check_unnamed_dtensor_is_refused() -> None:
@@ -563,6 +579,7 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
     found["numbers sent by split sequences"] = check_sent_by_sequences
     found["both splits"] = check_both
     found["any objective"] = check_any_objective
+    found["DDP over sequences"] = check_ddp_over_sequences
     found["labels out of range"] = check_bad_labels_fail_everywhere
     found["DTensors"] = check_dtensors
     if dist.get_world_size() == 4:

@@ -46,6 +46,7 @@ CHECKS = {
     "sequence, ": [works("sequences split over ranks (context parallel)")],
     "any objective": [works("sequences split over ranks (context parallel)")],
     "numbers sent by split sequences": [],
+    "DDP over sequences": [works("sequences split over ranks (context parallel), DDP")],
     "both splits": [works("head and sequences split over ranks")],
     "labels out of range": [],
     "DTensors": [works("a DTensor head, Shard(0) over a mesh called tp")],
