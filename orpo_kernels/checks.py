@@ -51,7 +51,8 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
     if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
         raise ValueError(
             "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "
-            "pass weight.full_tensor(grad_placements=[Partial('avg')])"
+            "pass weight.full_tensor(grad_placements=[Partial('avg')]); where it is split by rows over ranks that hold "
+            "the same hidden states (tensor parallelism), pass shard=Shard.of(weight)"
         )
     if weight.numel() == 0:
         raise ValueError(
@@ -61,6 +62,11 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
     if weight.dim() != 2:
         raise ValueError(
             f"weight must be [V, H], got shape {shape(weight)}: pass the head's own weight, as nn.Linear has it"
+        )
+    if head.shard is not None and weight.shape[0] != head.shard.rows:
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows, but shard gives this rank {head.shard.rows} of {head.shard.vocab} "
+            f"tokens (offsets {head.shard.offsets}): pass this rank's rows, and the offsets that they were cut at"
         )
     if hidden.dim() < least:
         expected = "[2P, T, H] or packed [N, H]" if least > 1 else "[..., H]"

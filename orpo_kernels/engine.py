@@ -72,6 +72,8 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
             found = Found(nothing, nothing, None)
         else:
             found = backend.forward(part, grads, store=store)
+            if found.logit_means is not None and head.shard is not None:
+                found = found._replace(logit_means=head.shard.mean(found.logit_means))
         if given is None:
             return found, grads
         tables.append(backend.pair_terms(found, targets.pairs(*group), given))
@@ -139,7 +141,8 @@ def _losses(call: Call, head: Head, tables: list[PairTable]) -> Losses:
     means = values[PAIR_ROWS.index("nll") :].sum(1)
     if head.bias is not None and head.softcap is None:
         # The mean over V moved inside the product: what the bias adds to a mean logit stands apart.
-        of_bias = head.logit_scale * _mean(head.bias, means.dtype)
+        mean = _mean(head.bias, means.dtype)
+        of_bias = head.logit_scale * (mean if head.shard is None else head.shard.mean(mean))
         for row, count in enumerate(call.targets.sizes.sides, 1):
             if count:
                 means[row] += of_bias
@@ -207,6 +210,8 @@ class Fused(torch.autograd.Function):
                 for grad in grads:
                     if grad is not None:
                         call.backend.scale(grad, upstream)
+        if head.shard is not None:
+            head.shard.finish(grads.hidden)
         wanted = (None if g is None else g.to(like.dtype) for g, like in zip(grads, inputs, strict=True))
         return *wanted, None, None
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo_kernels.shards import Shard
+
 
 class Head(NamedTuple):
     """The map from hidden states to logits: ``z = cap(logit_scale * (hidden @ weight.T + bias))``."""
@@ -22,14 +24,29 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # [V]
     logit_scale: float = 1.0  # factor on the logits, positive
     softcap: float | None = None  # cap(z) = softcap * tanh(z / softcap), or None for no cap
+    shard: Shard | None = None  # how the vocabulary is split over ranks; weight and bias are then this rank's rows
 
     @property
     def vocab(self) -> int:
+        """Tokens that ``weight`` has."""
         return self.weight.shape[0]
+
+    @property
+    def whole_vocab(self) -> int:
+        return self.vocab if self.shard is None else self.shard.vocab
+
+    @property
+    def widest(self) -> int:
+        """Tokens of the rank that holds most."""
+        return self.vocab if self.shard is None else self.shard.widest
 
     @property
     def features(self) -> int:
         return self.weight.shape[1]
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Rows of ``weight``, -1 for tokens whose rows another rank holds."""
+        return tokens if self.shard is None else self.shard.places(tokens)
 
     def cap(self, logits: Tensor) -> Tensor:
         """``softcap * tanh(logits / softcap)``, or the logits themselves without a softcap."""
@@ -82,6 +99,7 @@ class Settings(NamedTuple):
     ignore_index: int = -100  # the label of positions that do not count
     backend: Any = "auto"  # or a backend's name, or a backends.Backend
     workspace_bytes: int | None = None  # bound on what is held beyond inputs and returned gradients
+    sequence_group: Any = None  # a ProcessGroup over whose ranks the positions of every sequence are split
 
     @property
     def weight_of_nll(self) -> float:
@@ -144,6 +162,8 @@ def checked_head(head: Head) -> Head:
             softcap = number("softcap", softcap, positive=True)
         except ValueError as error:
             raise ValueError(f"softcap must be finite and positive, or None for no softcap, got {softcap}") from error
+    if head.shard is not None and not isinstance(head.shard, Shard):
+        raise TypeError(f"shard must be an orpo_kernels.Shard or None, got {type(head.shard).__name__}")
     return head._replace(logit_scale=number("logit_scale", head.logit_scale, positive=True), softcap=softcap)
 
 
@@ -162,6 +182,12 @@ def checked(settings: Settings) -> Settings:
     most = settings.workspace_bytes
     if most is not None and (isinstance(most, bool) or not isinstance(most, Integral) or most <= 0):
         raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {most!r}")
+    group = settings.sequence_group
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"sequence_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}: of a "
+            "DeviceMesh pass .get_group()"
+        )
     return settings._replace(
         ignore_index=int(settings.ignore_index), workspace_bytes=None if most is None else int(most)
     )

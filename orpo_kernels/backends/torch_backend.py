@@ -99,6 +99,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     tuned_for = "cpu"
+    takes_shards = True
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
@@ -158,6 +159,8 @@ class TorchBackend(Backend):
         hidden = part.hidden[part.rows].to(compute)
         n, vocab = hidden.shape[0], head.vocab
         label = head.cap(_label_logits(hidden, ids, head, acc) * head.logit_scale)
+        if head.shard is not None:
+            label = head.shard.of_owner(label, ids)
         shift = _representable(label, head, compute)
         exp_logits = _take_exp_logits(vocab, n, hidden) if store else None
 
@@ -193,7 +196,19 @@ class TorchBackend(Backend):
                 exp_logits[:, again] = columns.to(compute)
             del columns  # before the next run's is allocated
 
-        logps, inv_denom, entry = finalize(label, shift, sum_exp, head.slope(label))
+        slope = head.slope(label)
+        if head.shard is not None:
+            common = head.shard.largest(shift)
+            for again in _indices(common > shift):  # overflowed on another rank alone
+                factor = (shift[again] - common[again]).exp()
+                sum_exp[again] *= factor
+                for columns in (product_t, exp_logits):
+                    if columns is not None:
+                        columns[:, again] = (columns[:, again] * factor).to(columns.dtype)
+                overflowed[again] = True
+            shift, sum_exp = common, head.shard.sum(sum_exp)
+            slope = torch.where(ids >= 0, slope, 0.0)  # the label's entry is its owner's
+        logps, inv_denom, entry = finalize(label, shift, sum_exp, slope)
         if exp_logits is not None:
             exp_logits.index_put_((ids, torch.arange(n, device=ids.device)), entry.to(compute))
         waiting = None
