@@ -1,0 +1,162 @@
+"""What a head is where peft has put adapters on it: one linear head with everything they add; or why it is none.
+
+LoRA adds ``sum_a s_a (dropout_a(h) A_a^T) B_a^T`` to ``h W^T + b``. With ``u_a = s_a dropout_a(h) A_a^T`` that is the
+linear head ``[W, B_1, B_2, ...]`` of the hidden states ``[h, u_1, u_2, ...]``, exactly, for which nothing below has to
+know of adapters. Gradients reach ``h`` and ``A_a`` through ``u_a``, by autograd. Where W is frozen, the product of the
+weight's gradient takes the last columns alone (``Head.tail``).
+
+The wide weight is written anew in every call, since nothing tells of all ways in which peft changes a weight (merging
+writes through ``.data``). That is memory of one head more, from forward to backward, and a read and a write of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orpo_kernels.checks import FLOATS
+from orpo_kernels.settings import Head
+
+LORA = "peft.tuners.lora.layer", "Linear"
+TOKENS = "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"
+# Rows of the wide weight begin at multiples of 16 bytes in 16 bits, as TMA and fast products ask: columns of zeros.
+COLUMNS = 8
+
+
+def callees(head: Any) -> list[nn.Module]:
+    """The modules that make a head's logits, first the one that would now.
+
+    That is the head itself, but for peft's wrappers: around a head and its trained copies, or around trained tokens.
+    """
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        # The copy is called while its adapter is active and enabled.
+        every = [head.original_module, *head.modules_to_save.values()]
+        active = head.active_adapters
+        trained = active and not head.disable_adapters and all(name in head.modules_to_save for name in active)
+        now = head.modules_to_save[active[0]] if trained else head.original_module
+        return sorted(every, key=lambda module: module is not now)
+    return [head.token_adapter] if hasattr(head, "token_adapter") else [head]
+
+
+def refusal(module: Any) -> str | None:
+    """Why the logits of a head's module are no linear head's, as its adapters are now; or None."""
+    if type(module) is nn.Linear:
+        return _of_weight(module)
+    what = f"its head is a {_name(module)}"
+    kind = type(module).__module__, type(module).__name__
+    if kind not in (LORA, TOKENS):
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+            return f"{what}, an adapter that is no product of rank r added to a linear head, as LoRA is"
+        return f"{what}, not a plain nn.Linear"
+    inner = {"base layer": module.base_layer}
+    for name in _active(module) if kind == LORA else ():
+        variant = getattr(module, "lora_variant", {}).get(name)
+        if variant is None and getattr(module, "use_dora", {}).get(name):
+            variant = "DoRA"  # peft before 0.16 has no variants
+        if variant is not None:
+            called = variant if isinstance(variant, str) else type(variant).__name__
+            return f"the adapter {name!r} on its head is {called}, which adds no product of rank r as plain LoRA does"
+        inner[f"lora_B of {name!r}"] = module.lora_B[name]
+    for called, part in inner.items():
+        if type(part) is not nn.Linear:
+            return f"{what} whose {called} is a {_name(part)}, not a plain nn.Linear"
+        replaced = not getattr(vars(part).get("forward"), "ours", "forward" not in vars(part))
+        hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+        if replaced or any(hooks):
+            return f"{what} whose {called} has hooks or a forward of its own, which a fused loss would pass by"
+        if (why := _of_weight(part)) is not None:
+            return why
+    return None
+
+
+def linear_head(module: Any, input: Tensor) -> tuple[Tensor, Head]:
+    """Hidden states and the head whose logits ``module(input)`` is, for a module without a ``refusal``.
+
+    A call draws dropout as the module's own forward does. With adapters both are in autocast's dtype.
+    """
+    base = getattr(module, "base_layer", module)
+    weight, bias = base.weight, base.bias
+    if module is base:
+        return input, Head(weight, bias)
+    if module.disable_adapters and module.merged:
+        module.unmerge()  # as its own forward does
+    active = _active(module)
+    if not active:
+        return input, Head(weight, bias)
+    if hasattr(module, "trainable_tokens_delta"):
+        module._check_overlapping_tokens(active)
+        return input, Head(module.get_merged_weights(active))  # peft leaves a bias out, too
+    lows, tails, biases = [], [], [] if bias is None else [bias]
+    x = input
+    for name in active:
+        low, high, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
+        if getattr(module, "cast_input_dtype_enabled", True):
+            x = x.to(low.weight.dtype)
+        lows.append(low(module.lora_dropout[name](x)) * scaling)
+        tails.append(high.weight)
+        if high.bias is not None:
+            biases.append(high.bias * scaling)
+    dtype, of_weight = input.dtype, weight.dtype
+    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (dtype, of_weight):
+        dtype = of_weight = torch.get_autocast_dtype(input.device.type)
+    # Only a weight's copy is rounded: where adapters are wider than their head, so are their gradients.
+    tail = _padded(tails, torch.promote_types(of_weight, tails[0].dtype))
+    total = None if not biases else torch.stack([each.to(torch.promote_types(of_weight, torch.float32)) for each in biases]).sum(0)
+    head = Head(_joined(weight, tail, of_weight), None if total is None else total.to(of_weight), tail=tail)
+    return _padded([input, *lows], dtype), head._replace(tail=None) if head.weight.requires_grad else head
+
+
+def stock_logits(module: Any, input: Tensor) -> tuple[Tensor, Tensor, Head]:
+    """A module's own logits of a few rows, and what ``linear_head`` makes of these rows under the same dropout.
+
+    Chance is left as it was.
+    """
+    if type(module) is nn.Linear:
+        return nn.Linear.forward(module, input), *linear_head(module, input)
+    device = input.device
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        own: Tensor = type(module).forward(module, input)
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        return own, *linear_head(module, input)
+
+
+def _active(module: Any) -> list[str]:
+    """The adapters whose part a forward would compute now."""
+    if module.disable_adapters or module.merged:
+        return []
+    of = module.lora_A if hasattr(module, "lora_A") else module.trainable_tokens_delta
+    return [name for name in module.active_adapters if name in of]
+
+
+def _joined(weight: Tensor, tail: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[weight, tail]``, on the graph if the weight is to be trained."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        return torch.cat([weight.to(dtype), tail.to(dtype)], 1)
+    out = weight.new_empty((weight.shape[0], weight.shape[1] + tail.shape[1]), dtype=dtype)
+    with torch.no_grad():
+        out[:, : weight.shape[1]], out[:, weight.shape[1] :] = weight, tail
+    return out
+
+
+def _padded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Side by side, with columns of zeros after them so that the whole has a multiple of COLUMNS more than the first."""
+    joined = torch.cat([part.to(dtype) for part in parts], -1)
+    return joined
+
+
+def _of_weight(module: nn.Linear) -> str | None:
+    weight: Any = module.weight
+    if weight.dtype not in FLOATS:
+        return f"its head's weight is {weight.dtype}, which no loss is computed in: dequantise it first"
+    if type(weight) not in (nn.Parameter, Tensor) and not hasattr(weight, "full_tensor"):
+        return f"its head's weight is a {_name(weight)}, not a plain parameter"
+    return None
+
+
+def _name(of: object) -> str:
+    return f"{type(of).__module__}.{type(of).__name__}"
