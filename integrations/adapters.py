@@ -103,11 +103,17 @@ def linear_head(module: Any, input: Tensor) -> tuple[Tensor, Head]:
     dtype, of_weight = input.dtype, weight.dtype
     if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (dtype, of_weight):
         dtype = of_weight = torch.get_autocast_dtype(input.device.type)
-    # Only a weight's copy is rounded: where adapters are wider than their head, so are their gradients.
-    tail = _padded(tails, torch.promote_types(of_weight, tails[0].dtype))
-    total = None if not biases else torch.stack([each.to(torch.promote_types(of_weight, torch.float32)) for each in biases]).sum(0)
-    head = Head(_joined(weight, tail, of_weight), None if total is None else total.to(of_weight), tail=tail)
-    return _padded([input, *lows], dtype), head._replace(tail=None) if head.weight.requires_grad else head
+    hidden, tail = torch.cat([input.to(dtype), _padded(lows).to(dtype)], -1), _padded(tails)
+    added = None if not biases else sum(biases[1:], biases[0]).to(of_weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        return hidden, Head(torch.cat([weight.to(of_weight), tail.to(of_weight)], 1), added)
+    # The copy in the wide weight is rounded, where adapters are wider than their head; their gradients are not.
+    tail = tail.to(torch.promote_types(of_weight, tail.dtype))
+    wide = weight.new_empty((weight.shape[0], hidden.shape[-1]), dtype=of_weight)
+    with torch.no_grad():
+        wide[:, : weight.shape[1]] = weight
+        wide[:, weight.shape[1] :] = tail
+    return hidden, Head(wide, added, tail=tail)
 
 
 def stock_logits(module: Any, input: Tensor) -> tuple[Tensor, Tensor, Head]:
@@ -117,11 +123,10 @@ def stock_logits(module: Any, input: Tensor) -> tuple[Tensor, Tensor, Head]:
     """
     if type(module) is nn.Linear:
         return nn.Linear.forward(module, input), *linear_head(module, input)
-    device = input.device
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    devices: Any = [] if input.device.type == "cpu" else [input.device]
+    with torch.random.fork_rng(devices, device_type=input.device.type):
         own: Tensor = type(module).forward(module, input)
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    with torch.random.fork_rng(devices, device_type=input.device.type):
         return own, *linear_head(module, input)
 
 
@@ -133,20 +138,10 @@ def _active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in of]
 
 
-def _joined(weight: Tensor, tail: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[weight, tail]``, on the graph if the weight is to be trained."""
-    if weight.requires_grad and torch.is_grad_enabled():
-        return torch.cat([weight.to(dtype), tail.to(dtype)], 1)
-    out = weight.new_empty((weight.shape[0], weight.shape[1] + tail.shape[1]), dtype=dtype)
-    with torch.no_grad():
-        out[:, : weight.shape[1]], out[:, weight.shape[1] :] = weight, tail
-    return out
-
-
-def _padded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Side by side, with columns of zeros after them so that the whole has a multiple of COLUMNS more than the first."""
-    joined = torch.cat([part.to(dtype) for part in parts], -1)
-    return joined
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Side by side, and columns of zeros up to a multiple of COLUMNS."""
+    joined = torch.cat([*parts], -1)
+    return F.pad(joined, (0, -joined.shape[-1] % COLUMNS))
 
 
 def _of_weight(module: nn.Linear) -> str | None:

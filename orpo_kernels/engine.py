@@ -78,7 +78,10 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
         backward(call, part, found, tables[-1].g, grads, accumulate=group.first > 0)
         del found  # and E with it, before the next group's is allocated
     if several:
-        final = (None if grad is None else grad.to(grad_dtype(hidden.dtype)) for grad in grads[1:])
+        final = (
+            None if grad is None or like is None else grad.to(grad_dtype(like.dtype))
+            for grad, like in zip(grads[1:], (head.trained, head.bias), strict=True)
+        )
         grads = Grads(grads.hidden, *final)
     return _losses(call, head, tables), grads
 
@@ -203,7 +206,7 @@ class Fused(torch.autograd.Function):
             return None, None, None, None, None, None
         call = ctx.call
         hidden, weight, bias, tail = ctx.saved_tensors
-        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers, tail).detached()
+        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers)._replace(tail=tail).detached()
         with torch.autocast(upstream.device.type, enabled=False):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.
