@@ -11,6 +11,7 @@ writes through ``.data``). That is memory of one head more, from forward to back
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,15 @@ from torch import Tensor, nn
 from orpo_kernels.checks import FLOATS
 from orpo_kernels.settings import Head
 
-LORA = "peft.tuners.lora.layer", "Linear"
-TOKENS = "peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"
+LORA = (
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+)
+TOKENS = (("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer"),)
+# Linear layers whose packed weight can be read back.
+BITSANDBYTES = (("bitsandbytes.nn.modules", "Linear4bit"), ("bitsandbytes.nn.modules", "Linear8bitLt"))
 # Rows of the wide weight begin at multiples of 16 bytes in 16 bits, as TMA and fast products ask: columns of zeros.
 COLUMNS = 8
 
@@ -44,16 +52,15 @@ def callees(head: Any) -> list[nn.Module]:
 
 def refusal(module: Any) -> str | None:
     """Why the logits of a head's module are no linear head's, as its adapters are now; or None."""
-    if type(module) is nn.Linear:
+    if _is_linear(module):
         return _of_weight(module)
     what = f"its head is a {_name(module)}"
-    kind = type(module).__module__, type(module).__name__
-    if kind not in (LORA, TOKENS):
+    if _kind(module) not in (*LORA, *TOKENS):
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
             return f"{what}, an adapter that is no product of rank r added to a linear head, as LoRA is"
         return f"{what}, not a plain nn.Linear"
     inner = {"base layer": module.base_layer}
-    for name in _active(module) if kind == LORA else ():
+    for name in _active(module) if _kind(module) in LORA else ():
         variant = getattr(module, "lora_variant", {}).get(name)
         if variant is None and getattr(module, "use_dora", {}).get(name):
             variant = "DoRA"  # peft before 0.16 has no variants
@@ -62,7 +69,7 @@ def refusal(module: Any) -> str | None:
             return f"the adapter {name!r} on its head is {called}, which adds no product of rank r as plain LoRA does"
         inner[f"lora_B of {name!r}"] = module.lora_B[name]
     for called, part in inner.items():
-        if type(part) is not nn.Linear:
+        if not _is_linear(part):
             return f"{what} whose {called} is a {_name(part)}, not a plain nn.Linear"
         replaced = not getattr(vars(part).get("forward"), "ours", "forward" not in vars(part))
         hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
@@ -70,6 +77,8 @@ def refusal(module: Any) -> str | None:
             return f"{what} whose {called} has hooks or a forward of its own, which a fused loss would pass by"
         if (why := _of_weight(part)) is not None:
             return why
+    if _kind(module) in TOKENS and _packed(module.base_layer):
+        return f"{what} on a quantised weight"
     return None
 
 
@@ -79,7 +88,7 @@ def linear_head(module: Any, input: Tensor) -> tuple[Tensor, Head]:
     A call draws dropout as the module's own forward does. With adapters both are in autocast's dtype.
     """
     base = getattr(module, "base_layer", module)
-    weight, bias = base.weight, base.bias
+    weight, bias = base.weight if not _packed(base) else _unpacked(base, input), base.bias
     if module is base:
         return input, Head(weight, bias)
     if module.disable_adapters and module.merged:
@@ -90,8 +99,7 @@ def linear_head(module: Any, input: Tensor) -> tuple[Tensor, Head]:
     if hasattr(module, "trainable_tokens_delta"):
         module._check_overlapping_tokens(active)
         return input, Head(module.get_merged_weights(active))  # peft leaves a bias out, too
-    lows, tails, biases = [], [], [] if bias is None else [bias]
-    x = input
+    x, lows, tails = input, [], []
     for name in active:
         low, high, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
         if getattr(module, "cast_input_dtype_enabled", True):
@@ -99,21 +107,22 @@ def linear_head(module: Any, input: Tensor) -> tuple[Tensor, Head]:
         lows.append(low(module.lora_dropout[name](x)) * scaling)
         tails.append(high.weight)
         if high.bias is not None:
-            biases.append(high.bias * scaling)
+            lows.append(torch.ones_like(lows[-1][..., :1]))
+            tails.append(high.bias[:, None] * scaling)
     dtype, of_weight = input.dtype, weight.dtype
     if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (dtype, of_weight):
         dtype = of_weight = torch.get_autocast_dtype(input.device.type)
     hidden, tail = torch.cat([input.to(dtype), _padded(lows).to(dtype)], -1), _padded(tails)
-    added = None if not biases else sum(biases[1:], biases[0]).to(of_weight)
+    bias = None if bias is None else bias.to(of_weight)
     if weight.requires_grad and torch.is_grad_enabled():
-        return hidden, Head(torch.cat([weight.to(of_weight), tail.to(of_weight)], 1), added)
+        return hidden, Head(torch.cat([weight.to(of_weight), tail.to(of_weight)], 1), bias)
     # The copy in the wide weight is rounded, where adapters are wider than their head; their gradients are not.
     tail = tail.to(torch.promote_types(of_weight, tail.dtype))
     wide = weight.new_empty((weight.shape[0], hidden.shape[-1]), dtype=of_weight)
     with torch.no_grad():
         wide[:, : weight.shape[1]] = weight
         wide[:, weight.shape[1] :] = tail
-    return hidden, Head(wide, added, tail=tail)
+    return hidden, Head(wide, bias, tail=tail)
 
 
 def stock_logits(module: Any, input: Tensor) -> tuple[Tensor, Tensor, Head]:
@@ -121,8 +130,8 @@ def stock_logits(module: Any, input: Tensor) -> tuple[Tensor, Tensor, Head]:
 
     Chance is left as it was.
     """
-    if type(module) is nn.Linear:
-        return nn.Linear.forward(module, input), *linear_head(module, input)
+    if _is_linear(module):
+        return type(module).forward(module, input), *linear_head(module, input)
     devices: Any = [] if input.device.type == "cpu" else [input.device]
     with torch.random.fork_rng(devices, device_type=input.device.type):
         own: Tensor = type(module).forward(module, input)
@@ -144,14 +153,50 @@ def _padded(parts: Sequence[Tensor]) -> Tensor:
     return F.pad(joined, (0, -joined.shape[-1] % COLUMNS))
 
 
-def _of_weight(module: nn.Linear) -> str | None:
+def _kind(of: object) -> tuple[str, str]:
+    return type(of).__module__, type(of).__name__
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) is nn.Linear or _kind(module) in BITSANDBYTES
+
+
+def _packed(module: Any) -> bool:
+    """Whether a linear layer's weight is quantised, in a form that can be read back."""
+    return _kind(module) in BITSANDBYTES or _kind(module.weight)[0].partition(".")[0] == "torchao"
+
+
+def _unpacked(module: Any, input: Tensor) -> Tensor:
+    """The numbers that a quantised weight stands for, ``[V, H]``: memory of one head, from forward to backward."""
     weight: Any = module.weight
+    with torch.no_grad():
+        if _kind(module) not in BITSANDBYTES:
+            plain: Tensor = weight.dequantize()
+            return plain
+        if _kind(module)[1] == "Linear4bit":
+            functional = importlib.import_module("bitsandbytes.functional")
+            plain = functional.dequantize_4bit(weight.data, weight.quant_state)
+        else:  # int8 by the largest of each row; the layer's own forward may round hidden states to int8, too
+            largest = module.state.SCB if weight.SCB is None else weight.SCB
+            plain = weight.data * (largest[:, None] / 127)
+        return plain.to(input.dtype)
+
+
+def _of_weight(module: Any) -> str | None:
+    weight: Any = module.weight
+    if _packed(module):
+        if weight.requires_grad:
+            return f"its head's weight is a {_name(weight)} that is trained"
+        if _kind(module)[1] == "Linear8bitLt" and module.state.has_fp16_weights:
+            return "its head is a Linear8bitLt that keeps its weight in 16 bits and rounds it in every call"
+        unread = _kind(module)[1] == "Linear4bit" and getattr(weight, "quant_state", None) is None
+        return "its head's weight is not quantised yet" if unread else None
     if weight.dtype not in FLOATS:
-        return f"its head's weight is {weight.dtype}, which no loss is computed in: dequantise it first"
+        return f"its head's weight is {weight.dtype}, in which no loss is computed: dequantise it first"
     if type(weight) not in (nn.Parameter, Tensor) and not hasattr(weight, "full_tensor"):
         return f"its head's weight is a {_name(weight)}, not a plain parameter"
     return None
 
 
 def _name(of: object) -> str:
-    return f"{type(of).__module__}.{type(of).__name__}"
+    return ".".join(_kind(of))

@@ -248,7 +248,7 @@ class _Pass(Generic[R]):
             if self.reading is not None:
                 self.result = self._scored(self.reading)
         if self.refusal is not None or self.reading is not None:
-            return input.new_zeros(1, 1, head.weight.shape[0])
+            return input.new_zeros(1, 1, head.out_features)
         device = input.device.type
         self.autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
@@ -262,7 +262,7 @@ class _Pass(Generic[R]):
         with torch.no_grad():
             own, self.rows, of_rows = stock_logits(head, rows)
         self.eps = _rounding_of(own, self.rows, of_rows)
-        self.given = torch.cat([probes(head.weight.shape[0], dtype, input.device), own.to(dtype)])
+        self.given = torch.cat([probes(self.head.vocab, dtype, input.device), own.to(dtype)])
         return self.given[None].clone()  # models write into their logits
 
     def after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:

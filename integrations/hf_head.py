@@ -49,7 +49,8 @@ def head_module(model: nn.Module) -> nn.Module | str:
 
 
 def _refusal_of_forward(head: nn.Module) -> str | None:
-    if (why := refusal(head)) is not None:
+    why: str | None = refusal(head)
+    if why is not None:
         return why
     if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
         return "its head has forward hooks, which a fused loss would pass by"
