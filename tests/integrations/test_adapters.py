@@ -1,8 +1,9 @@
-"""peft's adapters on a head, fused: losses and every gradient as the stock model has them; what cannot be is refused."""
+"""peft's adapters on a head, fused: losses and every gradient as the stock model has them; what is refused, and why."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -94,6 +95,7 @@ def trained_tied(**options: Any) -> Any:
 def merged(**options: Any) -> Any:
     model = adapted(lora(), lora(r=4), **options)
     model.merge_adapter(["a0"])
+    model.get_output_embeddings().base_layer.requires_grad_(True)  # alone: what is merged has no gradient
     return model
 
 
@@ -233,7 +235,7 @@ def test_lazy_dropout_is_the_stock_models(dtype: torch.dtype, train: bool) -> No
 @pytest.mark.works("LoRA on the head, dropout", by=PATCH)
 @pytest.mark.parametrize("train", [True, False])
 def test_patched_dropout_is_the_stock_models(train: bool) -> None:
-    """Of both batches: the first, which is compared with the model's own logits, draws nothing more than a later one."""
+    """Of both batches: the first, which is checked, draws nothing more than a later one."""
     torch.manual_seed(3)
     model = dropping(torch.float64, train)
     stock = [stock_of(model), stock_of(model)][1]
@@ -339,7 +341,7 @@ def test_the_plan_says_that_the_weights_product_is_thin() -> None:
 
 
 @pytest.mark.parametrize("workspace", [None, 1])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_last_columns_of_a_weight(backend: Any, workspace: int | None) -> None:
     """On each backend, in every plan: the tail's gradient is that of the weight's last columns."""
     torch.manual_seed(0)
@@ -474,3 +476,120 @@ def test_trainable_tokens(base: Callable[[], Any], run: Callable[[Any], dict[str
     """Rows of the head are replaced; with a tied embedding they are its rows, and take both gradients once."""
     assert any("trainable_tokens_delta" in name for name in stock_of(tokens(base)))
     assert_as_accurate(partial(tokens, base), dtype, run)
+
+
+def prompted(config: Callable[..., Any], **options: Any) -> Any:
+    """Four virtual tokens before every sequence, as embeddings or as keys and values."""
+    torch.manual_seed(1)
+    dtype = options.pop("dtype", torch.float64)
+    return get_peft_model(llama().to(dtype), config(task_type="CAUSAL_LM", num_virtual_tokens=4, **options)).to(dtype)
+
+
+PROMPTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "prompt tuning": (peft.PromptTuningConfig, {}),
+    "p-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 8}),
+    "prefix tuning": (peft.PrefixTuningConfig, {}),
+}
+
+
+def of_prompted(model: Any) -> dict[str, Tensor]:
+    """A loss of the script's own, which leaves out the virtual tokens' positions, and the model's own of labels."""
+    logits = model(**DATA.inputs).logits
+    own = model(**DATA.inputs, labels=IDS).loss
+    return gradients(model, cross_entropy(logits[:, logits.shape[1] - IDS.shape[1] :]) + own)
+
+
+@pytest.mark.parametrize("name", marked(PROMPTS, LAZY))
+def test_lazy_logits_of_prompts(name: str) -> None:
+    config, options = PROMPTS[name]
+    model, stock = prompted(config, **options), prompted(config, **options)
+    fuse(model)
+    # transformers computes its own loss in float32.
+    torch.testing.assert_close(of_prompted(model), of_prompted(stock), rtol=1e-6, atol=1e-7)
+    assert (fusion_report(model).calls, fusion_report(model).materialised) == (2, [])
+
+
+@pytest.mark.works("prefix tuning", by=PATCH)
+def test_a_prefix_under_the_patch() -> None:
+    """Keys and values before the sequence: every row of hidden states still stands at its label."""
+    ours = patched_of(prompted(peft.PrefixTuningConfig))
+    torch.testing.assert_close(ours, stock_of(prompted(peft.PrefixTuningConfig)), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", marked([name for name in PROMPTS if name != "prefix tuning"], PATCH, outcome="refused")
+)
+def test_a_prompt_under_the_patch(name: str) -> None:
+    """It adds positions that have no label; TRL's own path does not know them either."""
+    config, options = PROMPTS[name]
+    model, trainer = prompted(config, **options), FakeTrainer()
+    site = patching.find_site(trainer, model)
+    assert isinstance(site, patching.Site), site
+    reason = fusing.fused_logprobs(FakePatch(), trainer, model, site, DATA)
+    assert reason == "LlamaForCausalLM: its forward called its head on [4, 13] of [4, 9] positions"
+    assert model(**DATA.inputs).logits.shape == (4, 13, VOCAB)
+
+
+def quantised(kind: str, of: torch.dtype, *, head: bool, dtype: torch.dtype, seed: int) -> Any:
+    """A frozen model with a head quantised from ``of``, and LoRA below it or on it too.
+
+    In float64 the head is a plain one of the numbers that the quantised weight stands for.
+    """
+    library, _, form = kind.partition(" ")
+    needed = pytest.importorskip(library, reason=f"{library} is not installed, whose layers these are")
+    model = llama().to(of)
+    if library == "torchao":
+        config = getattr(importlib.import_module("torchao.quantization"), form)()
+        needed.quantize_(model, config, filter_fn=lambda _, name: name == "lm_head")
+    else:
+        options: dict[str, Any] = {"has_fp16_weights": False} if form == "Linear8bitLt" else {"compute_dtype": of}
+        packed = getattr(needed.nn, form)(32, VOCAB, bias=False, **options)
+        packed.load_state_dict(model.lm_head.state_dict())
+        model.lm_head = packed.to("cpu")
+    if dtype == torch.float64:
+        _, (weight, *_) = adapters.linear_head(model.lm_head, torch.zeros(1, 32, dtype=of))
+        model.lm_head = nn.Linear(32, VOCAB, bias=False)
+        model.lm_head.weight.data = weight.detach()
+        model = model.double()
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora(target_modules=["q_proj", "lm_head"] if head else ["q_proj"]))
+
+
+QUANTISED = {
+    "head of torchao, int8 weights": "torchao Int8WeightOnlyConfig",
+    "head of torchao, float8 weights": "torchao Float8WeightOnlyConfig",
+    "head of bitsandbytes, 4 bits": "bitsandbytes Linear4bit",
+    "head of bitsandbytes, 8 bits": "bitsandbytes Linear8bitLt",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("run", [pytest.param(lazy_of, id="lazy"), pytest.param(patched_of, id="patched")])
+@pytest.mark.parametrize("name", marked(QUANTISED, LAZY, PATCH))
+def test_quantised_heads(name: str, run: Callable[[Any], dict[str, Tensor]], head: bool, dtype: torch.dtype) -> None:
+    """The numbers that the packed weight stands for, as near to float64 as the layer's own forward is.
+
+    bitsandbytes' 8 bits may round hidden states too, where its own forward does, on a GPU.
+    """
+    assert_as_accurate(partial(quantised, QUANTISED[name], dtype, head=head), dtype, run)
+
+
+@pytest.mark.works("head with a plain float8 weight", by=PATCH, outcome="refused")
+@pytest.mark.works("head with a plain float8 weight", by=LAZY, outcome="refused")
+def test_a_plain_float8_weight_is_refused() -> None:
+    """Nor does the layer's own forward know what scale its numbers have."""
+    model = llama()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    reason = "its head's weight is torch.float8_e4m3fn, in which no loss is computed: dequantise it first"
+    assert head_module(model) == reason
+    with pytest.warns(UserWarning, match="float8_e4m3fn"):
+        fuse(model)
+    with pytest.raises(RuntimeError):
+        model(**DATA.inputs)
+
+
+def test_layers_of_other_libraries_are_refused_by_name() -> None:
+    model = llama()
+    model.lm_head = Odd(32, VOCAB)
+    assert head_module(model) == "its head is a tests.integrations.test_adapters.Odd, not a plain nn.Linear"
