@@ -88,12 +88,10 @@ def linear_head(module: Any, input: Tensor) -> tuple[Tensor, Head]:
     A call draws dropout as the module's own forward does. With adapters both are in autocast's dtype.
     """
     base = getattr(module, "base_layer", module)
-    weight, bias = base.weight if not _packed(base) else _unpacked(base, input), base.bias
-    if module is base:
-        return input, Head(weight, bias)
-    if module.disable_adapters and module.merged:
+    if module is not base and module.disable_adapters and module.merged:
         module.unmerge()  # as its own forward does
-    active = _active(module)
+    weight, bias = base.weight if not _packed(base) else _unpacked(base, input), base.bias
+    active = [] if module is base else _active(module)
     if not active:
         return input, Head(weight, bias)
     if hasattr(module, "trainable_tokens_delta"):

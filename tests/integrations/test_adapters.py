@@ -23,10 +23,9 @@ from orpo_kernels.integrations import adapters, fuse, fusion_report, unfuse
 from orpo_kernels.integrations import fused as fusing
 from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import head_module
-from orpo_kernels.loss import orpo_of_head, plan_of_head
+from orpo_kernels.loss import plan_of_head
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.settings import Batch as Labels
-from orpo_kernels.settings import Head
 from orpo_kernels.settings import Settings as CallSettings
 from tests.integrations.models import SHAPE, VOCAB, FakePatch, FakeTrainer, batch, llama
 
@@ -300,8 +299,8 @@ def test_the_products_of_lora() -> None:
         model = fuse(make(), workspace_bytes=workspace)
         stock_of(model)
         report = fusion_report(model)
-        scored = int((LABELS != -100).sum()) / LABELS.numel()
-        assert report.products == pytest.approx(products * scored, abs=1e-9) or report.products <= products, report
+        scored = int((LABELS != -100).sum()) / LABELS.numel()  # rows without a label take no part
+        assert report.products == pytest.approx(products * scored, abs=1e-9), report
 
 
 def test_the_flops_of_a_patched_step() -> None:
@@ -338,25 +337,6 @@ def test_the_plan_says_that_the_weights_product_is_thin() -> None:
     hidden, head = adapters.linear_head(model.get_output_embeddings(), torch.randn(4, 9, 32))
     plan = plan_of_head(hidden, head, Labels(LABELS, DATA.nll), CallSettings(ORPO(0.1)))
     assert str(plan).endswith("; the weight's product has 8 of 40 columns")
-
-
-@pytest.mark.parametrize("workspace", [None, 1])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_last_columns_of_a_weight(backend: Any, workspace: int | None) -> None:
-    """On each backend, in every plan: the tail's gradient is that of the weight's last columns."""
-    torch.manual_seed(0)
-    hidden = torch.randn(4, 40, 24, requires_grad=True)
-    weight = (torch.randn(300, 24) / 3).requires_grad_()
-    labels = torch.randint(300, (4, 40))
-    settings = CallSettings(ORPO(0.1), backend=backend, workspace_bytes=workspace)
-    tail = weight[:, 16:].detach().requires_grad_()
-    whole = orpo_of_head(hidden, Head(weight), Labels(labels), settings).loss
-    part = orpo_of_head(hidden, Head(weight.detach(), tail=tail), Labels(labels), settings).loss
-    of_hidden, of_weight = torch.autograd.grad(whole, (hidden, weight))
-    torch.testing.assert_close(part, whole, rtol=0, atol=0)
-    torch.testing.assert_close(
-        torch.autograd.grad(part, (hidden, tail)), (of_hidden, of_weight[:, 16:]), rtol=1e-5, atol=1e-8
-    )
 
 
 class Odd(nn.Linear):

@@ -154,10 +154,9 @@ def test_nothing_changes_with_lora_on_the_head_in_mixed_precision(tmp_path: Path
 @pytest.mark.works("prompt tuning, TRL", by="ORPO patch", outcome="refused")
 def test_prompt_tuning_fails_as_it_does_in_stock_trl(tmp_path: Path, log: Any) -> None:
     """Its positions have no label, which TRL's own loss does not know either."""
-    found = []
+    found, adapter = [], PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     for patched in (False, True):
-        with pytest.raises(ValueError, match="shape") as error:
-            adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        with pytest.raises(ValueError, match="match target batch_size") as error:
             train(model(CONFIGS["llama"]()), tmp_path, patched, peft_config=adapter)
         found.append(str(error.value))
     assert found[0] == found[1]
@@ -255,11 +254,12 @@ def said(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.name == "orpo_kernels"]
 
 
-def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    assert_same(CONFIGS["llama"](), tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+@pytest.mark.works("DoRA on the head", by="ORPO patch", outcome="refused")
+def test_dora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
+    assert_same(CONFIGS["llama"](), tmp_path, peft_config=adapter)
     (message,) = said(log)
-    assert "does not fuse the loss of this ORPOTrainer: its head is a peft." in message
-    assert "not a plain nn.Linear" in message
+    assert "does not fuse the loss of this ORPOTrainer: the adapter 'default' on its head is Dora" in message
 
 
 def test_encoder_decoder_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
