@@ -48,7 +48,7 @@ class _LazyForward:
         head: Any = self.head
         if args or kwargs or not self._gains(input):  # peft's layers may be told which adapter each sequence takes
             return self.own(input, *args, **kwargs)
-        if type(head) is not nn.Linear and (why := refusal(head)) is not None:  # adapters may have changed
+        if hasattr(head, "base_layer") and (why := refusal(head)) is not None:  # its adapters may have changed
             self.site.report.note(f"the logits are not lazy, because {why}")
             return self.own(input)
         of_head: Tensor = head.weight
