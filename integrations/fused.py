@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.engine import mean_logit
+from orpo_kernels.integrations.adapters import linear_head, stock_logits
 from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, detour, fingerprint, probes, read
 from orpo_kernels.integrations.trainer import Patch, Settings, Site, first, say
-from orpo_kernels.loss import OrpoOutput, explain, linear_logprobs, orpo_loss
+from orpo_kernels.loss import OrpoOutput, logprobs_of_head, orpo_of_head, plan_of_head
+from orpo_kernels.objectives import ORPO
+from orpo_kernels.settings import Batch as Labels
 from orpo_kernels.settings import Head
+from orpo_kernels.settings import Settings as CallSettings
 
 CHECKED_ROWS = 8
 
@@ -77,15 +81,15 @@ def fused_orpo(
         RuntimeError: a later batch takes another way through the model than the one that was checked, or the model's
             own log-probabilities differ.
     """
-    own: dict[str, Any] = {"labels": batch.answer, "nll_labels": batch.nll, "beta": beta}
+    labels, objective = Labels(batch.answer, batch.nll), ORPO(beta)
 
     def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> OrpoOutput:
-        out = orpo_loss(hidden, **own, **_keywords(head, batch, settings))
+        out = orpo_of_head(hidden, head, labels, _of_call(batch, settings, objective))
         chosen, rejected = _logit_means(hidden, head, shift, batch, settings, out)
         return out._replace(chosen_logits_mean=chosen, rejected_logits_mean=rejected)
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
-        return explain(hidden, **own, **_keywords(head, batch, settings))
+        return plan_of_head(hidden, head, labels, _of_call(batch, settings, objective))
 
     fused = _forward(patch, trainer, model, site, batch, Work(score, lambda out: out.loss, plan))
     return fused if isinstance(fused, str) else (fused[0]._replace(loss=fused[1]["loss"]), fused[1])
@@ -105,16 +109,17 @@ def fused_logprobs(
     wanted = torch.cat([torch.where(in_answer[:pairs], chosen, batch.nll), batch.answer[pairs:]])
 
     def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> Logprobs:
-        given = _keywords(head, batch, settings)
-        every = linear_logprobs(hidden, labels=wanted, **given)
+        given = _of_call(batch, settings)
+        every = logprobs_of_head(hidden, head, Labels(wanted), given)
         nll = torch.where(in_nll, every[:pairs], 0)
         if apart.any():
-            nll = nll.masked_scatter(apart, linear_logprobs(hidden[:pairs][apart], labels=batch.nll[apart], **given))
+            others = logprobs_of_head(hidden[:pairs][apart], head, Labels(batch.nll[apart]), given)
+            nll = nll.masked_scatter(apart, others)
         means = _logit_means(hidden, head, shift, batch, settings, None)
         return Logprobs(torch.where(in_answer, every, 0), nll, means, in_answer.sum(-1), in_nll.sum())
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
-        how = explain(linear_logprobs, hidden, labels=wanted, **_keywords(head, batch, settings))
+        how = plan_of_head(hidden, head, Labels(wanted), _of_call(batch, settings))
         return f"log-probabilities, {how}"
 
     work = Work(score, lambda result: torch.cat([result.answer, result.nll]), plan)
@@ -125,9 +130,9 @@ def fused_logprobs(
     return fused[0]._replace(answer=answer, nll=nll), fused[1]
 
 
-def _keywords(head: Head, batch: Batch, settings: Settings) -> dict[str, Any]:
-    """What every fused function is told, by its names."""
-    return {**head._asdict(), **settings._asdict(), "ignore_index": batch.ignore_index}
+def _of_call(batch: Batch, settings: Settings, objective: ORPO | None = None) -> CallSettings:
+    """What every fused function is told beside tensors; without an objective, of log-probabilities."""
+    return CallSettings(objective, ignore_index=batch.ignore_index, **settings._asdict())
 
 
 @torch.no_grad()
@@ -200,7 +205,7 @@ def _forward(
     if reading is None:
         known[key] = mark, call.reading
         if first(trainer, "fused"):
-            how = work.plan(call.hidden.detach(), call.reading.head(site.head), patch.settings)
+            how = work.plan(call.hidden, call.reading.head(call.head), patch.settings)
             agreement = "" if call.agreement is None else f" (log-probabilities within {call.agreement:.1g} nats)"
             say(
                 trainer,
@@ -232,17 +237,18 @@ class _Pass(Generic[R]):
     def at_head(self, input: Tensor) -> Tensor:
         """In place of the head's forward: logits of few rows, because no loss is made of them."""
         self.calls += 1
-        self.hidden = input
-        head = self.site.head
+        head: Any = self.site.head
         if self.calls > 1:
             self.refusal = "its forward called its head more than once"
         elif input.shape[:-1] != self.batch.answer.shape:
             of, every = list(input.shape[:-1]), list(self.batch.answer.shape)
             self.refusal = f"its forward called its head on {of} of {every} positions"
-        elif self.reading is not None:
-            self.result = self._scored(self.reading)
+        else:
+            self.hidden, self.head = linear_head(head, input)
+            if self.reading is not None:
+                self.result = self._scored(self.reading)
         if self.refusal is not None or self.reading is not None:
-            return input.new_zeros(1, 1, head.weight.shape[0])
+            return input.new_zeros(1, 1, head.out_features)
         device = input.device.type
         self.autocast = torch.autocast(
             device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
@@ -254,9 +260,9 @@ class _Pass(Generic[R]):
         self.places = places[:: max(1, len(places) // CHECKED_ROWS)][:CHECKED_ROWS]
         rows = input.detach().reshape(-1, input.shape[-1])[self.places]
         with torch.no_grad():
-            own = type(head).forward(head, rows)
-        self.eps = _rounding_of(own, rows, head)
-        self.given = torch.cat([probes(head.weight.shape[0], dtype, input.device), own.to(dtype)])
+            own, self.rows, of_rows = stock_logits(head, rows)
+        self.eps = _rounding_of(own, self.rows, of_rows)
+        self.given = torch.cat([probes(self.head.vocab, dtype, input.device), own.to(dtype)])
         return self.given[None].clone()  # models write into their logits
 
     def after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
@@ -282,7 +288,7 @@ class _Pass(Generic[R]):
         return read(self.given[:PROBES], logits[0, :PROBES])
 
     def _scored(self, reading: Reading) -> R:
-        return self.work.score(self.hidden, reading.head(self.site.head), reading.shift, self.patch.settings)
+        return self.work.score(self.hidden, reading.head(self.head), reading.shift, self.patch.settings)
 
     def _first_scored(self, reading: Reading) -> R:
         """The first call on this machine may be the one that finds a kernel which does not compile or launch here."""
@@ -324,9 +330,8 @@ class _Pass(Generic[R]):
         if len(logits) == 0:
             return
         labels = self.batch.answer.reshape(-1)[self.places]
-        rows = self.hidden.detach().reshape(-1, self.hidden.shape[-1])[self.places]
-        given = _keywords(reading.head(self.site.head), self.batch, self.patch.settings)
-        ours = linear_logprobs(rows, labels=labels, **given).double()
+        given = _of_call(self.batch, self.patch.settings)
+        ours = logprobs_of_head(self.rows, reading.head(self.head), Labels(labels), given).double()
         logits, own = logits.double() - reading.shift, self.given[PROBES:, : reading.vocab].double()
         theirs = torch.log_softmax(logits, -1)
         size = torch.maximum(logits.abs(), reading.logit_scale * own.abs())
@@ -347,7 +352,7 @@ class _Pass(Generic[R]):
 
 
 @torch.no_grad()
-def _rounding_of(logits: Tensor, rows: Tensor, head: nn.Linear) -> float:
+def _rounding_of(logits: Tensor, rows: Tensor, head: Head) -> float:
     """How the head's product rounds, relative to its size: what a few columns in float64 say, at least the dtype's eps.
 
     Float32 products are TF32's or bfloat16's where a program allows that.

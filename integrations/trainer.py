@@ -112,7 +112,7 @@ class Site(NamedTuple):
 
     base: nn.Module  # the module whose call returns the model's output, without DDP around it
     model: nn.Module  # the Hugging Face model, without peft around it
-    head: nn.Linear
+    head: nn.Module  # an nn.Linear, or peft's layer around one
 
 
 def find_site(trainer: Any, model: nn.Module) -> Site | str:

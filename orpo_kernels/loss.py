@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orpo_kernels import operators
 from orpo_kernels.backends import Backend, check_name
-from orpo_kernels.engine import Fused, Losses, warn_skipped
+from orpo_kernels.engine import Losses, fused, warn_skipped
 from orpo_kernels.objectives import ORPO, Objective, PairLogps, check_objective, metric_names
 from orpo_kernels.plan import Plan
 from orpo_kernels.prepare import prepare, ready
@@ -223,9 +223,15 @@ def orpo_loss(
 
     Source: Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691.
     """
-    objective = ORPO(beta)
     head, batch = Head(weight, bias, logit_scale, softcap, shard), Batch(labels, nll_labels, cu_seqlens)
+    objective = ORPO(beta)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes, sequence_group)
+    return orpo_of_head(hidden, head, batch, settings)
+
+
+def orpo_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> OrpoOutput:
+    """``orpo_loss`` for values; the objective of the settings is an ``ORPO``."""
+    objective: ORPO = settings.objective
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
     valid, chosen, rejected = known.valid, known.chosen_mean, known.rejected_mean
@@ -254,7 +260,7 @@ def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tup
     else:
         call = prepare(hidden, head, batch, settings).call()
         warn_skipped(call.targets)
-        losses = Losses(*Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call))
+        losses = Losses(*fused(hidden, head, call))
     chosen_sum, rejected_sum, chosen_length, rejected_length = losses.values[:4].unbind()
     given = batch.of_pairs(losses.values.dtype)
     return losses, PairLogps(chosen_sum, rejected_sum, chosen_length, rejected_length, *given)
@@ -300,8 +306,13 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
         """``Head``, ``Batch`` or ``Settings``: their fields are the keywords."""
         return kind(**{field: named[field] for field in kind._fields if field in named})
 
-    hidden, head = ready(named["hidden"], values(Head))
-    return prepare(hidden, head, values(Batch), values(Settings)).plan
+    return plan_of_head(named["hidden"], values(Head), values(Batch), values(Settings))
+
+
+def plan_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> Plan:
+    """``explain`` for values."""
+    hidden, head = ready(hidden, head)
+    return prepare(hidden, head, batch, settings).plan
 
 
 def linear_logprobs(
@@ -336,13 +347,18 @@ def linear_logprobs(
     Precision: as ``preference_loss``. Three products of the head's size where the exponentials of all labels fit the
     workspace, in which they wait for backward; four where they do not, two with the head frozen, one without gradients.
     """
-    hidden, head = ready(hidden, Head(weight, bias, logit_scale, softcap, shard))
-    batch, settings = Batch(labels), Settings(None, None, "token", ignore_index, backend, workspace_bytes)
+    settings = Settings(None, None, "token", ignore_index, backend, workspace_bytes)
+    return logprobs_of_head(hidden, Head(weight, bias, logit_scale, softcap, shard), Batch(labels), settings)
+
+
+def logprobs_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> Tensor:
+    """``linear_logprobs`` for values; the settings have no objective."""
+    hidden, head = ready(hidden, head)
     if torch.compiler.is_compiling():
         return operators.logprobs(hidden, head, batch, settings)
     call = prepare(hidden, head, batch, settings).call()
-    out: Tensor = Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call)
-    return out.view(labels.shape)
+    out: Tensor = fused(hidden, head, call)
+    return out.view(batch.labels.shape)
 
 
 class OrpoLoss(nn.Module):
@@ -355,7 +371,7 @@ class OrpoLoss(nn.Module):
         >>> loss(hidden, model.lm_head.weight, labels).loss.backward()
     """
 
-    NAMES = ("beta", *Head._fields[2:], *Settings._fields[1:])
+    NAMES = ("beta", "logit_scale", "softcap", "shard", *Settings._fields[1:])
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

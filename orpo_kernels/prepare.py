@@ -100,6 +100,7 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         needs,
         vocab=head.widest,
         features=head.features,
+        trained=head.trained.shape[1],
         dtype=hidden.dtype,
         workspace_bytes=settings.workspace_bytes,
         backend=backend,

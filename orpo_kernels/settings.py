@@ -25,6 +25,14 @@ class Head(NamedTuple):
     logit_scale: float = 1.0  # factor on the logits, positive
     softcap: float | None = None  # cap(z) = softcap * tanh(z / softcap), or None for no cap
     shard: Shard | None = None  # how the vocabulary is split over ranks; weight and bias are then this rank's rows
+    # [V, r], what the last r columns of weight are copies of, in its dtype or a wider one: it takes the weight's
+    # gradient, and the columns before it have none. An adapter beside a frozen head, which no keyword names.
+    tail: Tensor | None = None
+
+    @property
+    def trained(self) -> Tensor:
+        """What takes the weight's gradient: the weight, or the tail where there is one."""
+        return self.weight if self.tail is None else self.tail
 
     @property
     def vocab(self) -> int:
@@ -69,7 +77,8 @@ class Head(NamedTuple):
 
     def detached(self) -> Head:
         """The same head, unknown to autograd."""
-        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        bias, tail = (None if tensor is None else tensor.detach() for tensor in (self.bias, self.tail))
+        return self._replace(weight=self.weight.detach(), bias=bias, tail=tail)
 
 
 class Batch(NamedTuple):
@@ -124,7 +133,7 @@ class Needs(NamedTuple):
         if not torch.is_grad_enabled():
             return Needs(False, False, False)
         bias = head.bias
-        return Needs(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad)
+        return Needs(hidden.requires_grad, head.trained.requires_grad, bias is not None and bias.requires_grad)
 
 
 def number(name: str, value: Any, *, positive: bool = False) -> float:

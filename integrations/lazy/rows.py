@@ -33,7 +33,7 @@ WATCHED = 8  # backward passes that are looked at to learn how a loss masks
 class Site:
     """A fused head: what outlives its calls."""
 
-    def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
+    def __init__(self, module: nn.Module, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
         self.moments: dict[Any, set[str]] = {}  # by map, which were wanted: later passes form them in passing
@@ -91,7 +91,11 @@ class Root:
 
     node: Callable[[], Any] | None = None  # a weak reference to the head's node, where there is one
 
-    def __init__(self, site: Site, inputs: Inputs, needs: Needs, *, sequences: int, trainable: bool) -> None:
+    def __init__(
+        self, site: Site, inputs: Inputs, needs: Needs, *, sequences: int, trainable: bool, tail: Tensor | None = None
+    ) -> None:
+        trained = inputs.weight if tail is None else tail  # as ``Head.trained``
+        self.trained, self.trained_dtype = trained.shape[1], trained.dtype
         self.site, self.needs, self.sequences, self.trainable = site, needs, sequences, trainable
         self._inputs = weakref.ref(inputs)
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
@@ -146,16 +150,16 @@ class Root:
         """
         inputs = self.inputs()
         weight = inputs.weight
+        live: Any = self.site.module.weight
         sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
         changed = not sharded and _version(weight) != inputs.versions[1]
-        if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
+        if self.expired or (changed and weight.data_ptr() == live.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
         if not sharded:
             return weight, inputs.bias
-        live: Any = self.site.module.weight
         if hasattr(live, "full_tensor"):
             live = live.full_tensor()
         if live.shape == weight.shape and live.untyped_storage().nbytes():
@@ -429,6 +433,7 @@ class Table:
             Sizes((n,), (n, 0), 0, 0, 0, False, n),
             vocab=part.head.vocab,
             features=part.head.features,
+            trained=root.trained,
             dtype=part.hidden.dtype,
             workspace_bytes=max(limit - root.stored, 1),
             backend=backend,

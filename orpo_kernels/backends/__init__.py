@@ -45,8 +45,12 @@ class Grads(NamedTuple):
     """Where gradients are written, in ``grad_dtype`` or a wider one; None where none is asked for."""
 
     hidden: Tensor | None  # [rows, H], 0 where no target is
-    weight: Tensor | None
+    weight: Tensor | None  # [V, f], of the last f columns of the weight: f < H where the first ones are frozen
     bias: Tensor | None
+
+    def columns(self, hidden: Tensor) -> Tensor:
+        """Of ``hidden [n, H]`` what multiplies E for the weight's gradient."""
+        return hidden if self.weight is None else hidden[:, hidden.shape[1] - self.weight.shape[1] :]
 
 
 class Part(NamedTuple):

@@ -232,7 +232,7 @@ class TorchBackend(Backend):
 
     def _from_stored(self, part: Part, exp_logits: Tensor, coefficients: Tensor, into: Grads, accumulate: bool) -> None:
         """The head's gradients from E, for the last time."""
-        scaled, column = _scaled(part.hidden[part.rows].to(exp_logits.dtype), coefficients)
+        scaled, column = _scaled(into.columns(part.hidden)[part.rows].to(exp_logits.dtype), coefficients)
         vocab, step = part.head.vocab, 2 * tile_rows(exp_logits.shape[1], exp_logits.element_size())
         for tokens in slices(vocab, step):
             if into.weight is not None:
@@ -255,7 +255,7 @@ class TorchBackend(Backend):
                 (rows, Tiles(hidden[rows].to(shift.dtype), ids[rows], head, shift[rows], entry[rows]))
                 for rows in _indices(state.overflowed[of])
             ]
-            return Tiles(hidden, ids, head, shift, entry), again, _scaled(hidden, coefficients[of])
+            return Tiles(hidden, ids, head, shift, entry), again, _scaled(into.columns(hidden), coefficients[of])
 
         ready = prepared(chunks[0])
         step = ready[0].step

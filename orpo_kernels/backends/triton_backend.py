@@ -280,14 +280,15 @@ class TritonBackend(Backend):
         self, exp_logits: Tensor, part: Part, coefficients: Tensor, grads: Sequence[Tensor | None], accumulate: bool
     ) -> None:
         """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
-        (n, features), (grad_weight, grad_bias) = (part.rows.numel(), part.hidden.shape[1]), grads
+        n, (grad_weight, grad_bias) = part.rows.numel(), grads
         if grad_weight is not None:
+            features, hidden = grad_weight.shape[1], Grads(None, grad_weight, None).columns(part.hidden)
             # By columns, so that little scratch still serves any number of targets; E is read once for each.
             most = max(part.scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
             columns = -(-features // -(-features // most))
             for of in slices(features, -(-columns // 64) * 64):
                 scaled = exp_logits.new_empty((n, of.stop - of.start))
-                kernels.rows.rows(part.hidden[:, of], scaled, 1.0, coefficients, source_rows=part.rows)
+                kernels.rows.rows(hidden[:, of], scaled, 1.0, coefficients, source_rows=part.rows)
                 product(grad_weight[:, of], exp_logits.T, scaled, accumulate=accumulate)
                 del scaled  # before the next slice's is allocated
         if grad_bias is not None:

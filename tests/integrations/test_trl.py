@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from orpo_kernels.integrations import TRL, patch_trl, patched_trl, unpatch_trl
@@ -127,6 +127,42 @@ def test_nothing_changes_under_lora(kept: list[str] | None, tmp_path: Path) -> N
     assert_same(CONFIGS["llama"](), tmp_path, peft_config=adapter)
 
 
+HEADS = {
+    "LoRA on the head, TRL": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    "LoRA on the head, dropout, TRL": LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "lm_head"]),
+    "modules_to_save head, TRL": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "trainable token indices, TRL": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
+    "prefix tuning, TRL": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.works(name, by="ORPO patch")) for name in HEADS])
+def test_nothing_changes_with_adapters_on_the_head(name: str, tmp_path: Path, log: Any) -> None:
+    """The seed gives the same dropout, since the head's is drawn in the same order."""
+    config = CONFIGS["qwen2 tied" if "token" in name else "llama"]()
+    assert_same(config, tmp_path, peft_config=HEADS[name])
+    assert "fused the loss of this ORPOTrainer" in log.text
+    assert "does not fuse" not in log.text
+
+
+@pytest.mark.works("LoRA on the head, bfloat16 autocast, TRL", by="ORPO patch")
+def test_nothing_changes_with_lora_on_the_head_in_mixed_precision(tmp_path: Path) -> None:
+    adapter = HEADS["LoRA on the head, TRL"]
+    assert_same(CONFIGS["llama"](), tmp_path, rtol=2e-2, atol=2e-2, bf16=True, peft_config=adapter)
+
+
+@pytest.mark.works("prompt tuning, TRL", by="ORPO patch", outcome="refused")
+def test_prompt_tuning_fails_as_it_does_in_stock_trl(tmp_path: Path, log: Any) -> None:
+    """Its positions have no label, which TRL's own loss does not know either."""
+    found, adapter = [], PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for patched in (False, True):
+        with pytest.raises(ValueError, match="match target batch_size") as error:
+            train(model(CONFIGS["llama"]()), tmp_path, patched, peft_config=adapter)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+    assert "its forward called its head on" in log.text
+
+
 class OwnMetrics(ORPOTrainer):  # type: ignore[misc]
     """A subclass with its own loss over the log-probabilities, as Axolotl's has."""
 
@@ -218,11 +254,12 @@ def said(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.name == "orpo_kernels"]
 
 
-def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    assert_same(CONFIGS["llama"](), tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+@pytest.mark.works("DoRA on the head", by="ORPO patch", outcome="refused")
+def test_dora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
+    assert_same(CONFIGS["llama"](), tmp_path, peft_config=adapter)
     (message,) = said(log)
-    assert "does not fuse the loss of this ORPOTrainer: its head is a peft." in message
-    assert "not a plain nn.Linear" in message
+    assert "does not fuse the loss of this ORPOTrainer: the adapter 'default' on its head is Dora" in message
 
 
 def test_encoder_decoder_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
