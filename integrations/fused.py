@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from orpo_kernels.engine import mean_logit
 from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, detour, fingerprint, probes, read
 from orpo_kernels.integrations.trainer import Patch, Settings, Site, first, say
-from orpo_kernels.loss import OrpoOutput, explain, linear_logprobs, orpo_loss
+from orpo_kernels.loss import PreferenceOutput, explain, linear_logprobs, preference_loss
+from orpo_kernels.objectives import Objective
 from orpo_kernels.settings import Head
 
 CHECKED_ROWS = 8
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     answer: Tensor  # [2P, T]
     nll: Tensor  # [P, T]
     ignore_index: int
+    averaged: slice = slice(None, -1)  # positions over which a trainer logs mean logits
 
 
 class Logprobs(NamedTuple):
@@ -42,7 +44,7 @@ class Logprobs(NamedTuple):
 
     answer: Tensor  # [2P, T]
     nll: Tensor  # [P, T]
-    logit_means: Tensor  # [2], chosen and rejected, over every position but the last, padding included
+    logit_means: Tensor  # [2], chosen and rejected, over all positions of ``Batch.averaged``
     lengths: Tensor  # [2P], answer tokens
     nll_tokens: Tensor  # []
 
@@ -65,27 +67,27 @@ class Work(NamedTuple, Generic[R]):
     plan: Callable[[Tensor, Head, Settings], object]  # says how it is computed
 
 
-def fused_orpo(
-    patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, beta: float
-) -> tuple[OrpoOutput, Any] | str:
-    """The ORPO loss in one forward of ``model``, and the model's output: three products of the head's size.
+def fused_loss(
+    patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, objective: Objective
+) -> tuple[PreferenceOutput, Any] | str:
+    """An objective's loss in one forward of ``model``, and the model's output: three products of the head's size.
 
-    Means of logits are over every position but the last, padding included, as TRL logs them. Where the model cannot be
-    fused, the reason.
+    Means of logits are over the positions of ``batch.averaged``, padding included, as TRL logs them. Where the model
+    cannot be fused, the reason.
 
     Raises:
         RuntimeError: a later batch takes another way through the model than the one that was checked, or the model's
             own log-probabilities differ.
     """
-    own: dict[str, Any] = {"labels": batch.answer, "nll_labels": batch.nll, "beta": beta}
+    own: dict[str, Any] = {"labels": batch.answer, "nll_labels": batch.nll, "objective": objective}
 
-    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> OrpoOutput:
-        out = orpo_loss(hidden, **own, **_keywords(head, batch, settings))
+    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> PreferenceOutput:
+        out = preference_loss(hidden, **own, **_keywords(head, batch, settings))
         chosen, rejected = _logit_means(hidden, head, shift, batch, settings, out)
         return out._replace(chosen_logits_mean=chosen, rejected_logits_mean=rejected)
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
-        return explain(hidden, **own, **_keywords(head, batch, settings))
+        return explain(preference_loss, hidden, **own, **_keywords(head, batch, settings))
 
     fused = _forward(patch, trainer, model, site, batch, Work(score, lambda out: out.loss, plan))
     return fused if isinstance(fused, str) else (fused[0]._replace(loss=fused[1]["loss"]), fused[1])
@@ -97,7 +99,7 @@ def fused_logprobs(
     """Log-probabilities in one forward of ``model``, and its output, for losses of a trainer's own: or why not.
 
     Raises:
-        RuntimeError: as ``fused_orpo``.
+        RuntimeError: as ``fused_loss``.
     """
     pairs, ignore = batch.nll.shape[0], batch.ignore_index
     chosen, in_answer, in_nll = batch.answer[:pairs], batch.answer != ignore, batch.nll != ignore
@@ -132,9 +134,9 @@ def _keywords(head: Head, batch: Batch, settings: Settings) -> dict[str, Any]:
 
 @torch.no_grad()
 def _logit_means(
-    hidden: Tensor, head: Head, shift: float, batch: Batch, settings: Settings, out: OrpoOutput | None
+    hidden: Tensor, head: Head, shift: float, batch: Batch, settings: Settings, out: PreferenceOutput | None
 ) -> Tensor:
-    """Mean logit of the chosen and the rejected side over all positions but the last, as TRL logs it, ``[2]``.
+    """Mean logit of the chosen and the rejected side over the positions that the trainer averages, ``[2]``.
 
     Without a softcap that is ``mean(h) . mean(W)``. Under one the scored positions are in ``out`` already, and only
     the others, which no loss needs, cost a product.
@@ -142,13 +144,13 @@ def _logit_means(
     hidden, pairs = hidden.detach(), hidden.shape[0] // 2
     sides = []
     for side, chosen in ((slice(0, pairs), True), (slice(pairs, None), False)):
-        rows = hidden[side, :-1]
+        rows = hidden[side, batch.averaged]
         if head.softcap is None:
             sides.append(mean_logit(rows.reshape(-1, rows.shape[-1]), head, settings.backend))
             continue
-        scored = batch.answer[side, :-1] != batch.ignore_index
+        scored = batch.answer[side, batch.averaged] != batch.ignore_index
         if chosen:
-            scored = scored | (batch.nll[:, :-1] != batch.ignore_index)
+            scored = scored | (batch.nll[:, batch.averaged] != batch.ignore_index)
         if out is None:
             scored = torch.zeros_like(scored)
         share = scored.sum() / scored.numel()

@@ -36,7 +36,7 @@ class PreferenceOutput(NamedTuple):
 
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names, and the objective's own. Means are over the valid pairs."""
-        return {**_metrics(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
+        return {**metrics_of(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
 
 
 class OrpoOutput(NamedTuple):
@@ -59,10 +59,10 @@ class OrpoOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names. Pairs that were skipped are left out of the means over pairs."""
         own = {"log_odds_ratio": self.log_odds_ratio, "log_odds_chosen": self.log_odds_chosen}
-        return {**_metrics(self, self.chosen_logps, self.rejected_logps), **own}
+        return {**metrics_of(self, self.chosen_logps, self.rejected_logps), **own}
 
 
-def _metrics(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+def metrics_of(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Under TRL's names, with the log-probabilities of answers ``[P]`` as they are to be logged."""
     count = out.valid.sum().clamp(min=1)
 

@@ -16,9 +16,9 @@ import transformers
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from orpo_kernels.integrations import TRL, patch_trl, patched_trl, unpatch_trl
+from orpo_kernels.integrations import TRL_ORPO, patch_trl, patched_trl, unpatch_trl
 from orpo_kernels.integrations.trainer import Settings
-from orpo_kernels.integrations.trl import PATCH, ORPOTrainer
+from orpo_kernels.integrations.trl_orpo import PATCH, ORPOTrainer
 from tests.integrations.models import GPT, SHAPE
 from tests.integrations.stock_script import pairs, tokenizer
 
@@ -56,16 +56,24 @@ def model(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def trainer(of: Any, folder: Path, cls: Any = None, data: Any = None, peft_config: Any = None, **options: Any) -> Any:
+def trainer(
+    of: Any,
+    folder: Path,
+    cls: Any = ORPOTrainer,
+    config_class: Any = ORPOConfig,
+    data: Any = None,
+    peft_config: Any = None,
+    **options: Any,
+) -> Any:
     # Plain SGD: Adam turns the rounding of gradients that ought to be zero (a key's bias) into steps of full size.
     evaluation = {"eval_strategy": "steps", "eval_steps": 2}
     size = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 32}
     plain = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1}
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     settings: dict[str, Any] = {**evaluation, **size, **plain, **quiet, "beta": 0.5, **options}
-    return (cls or ORPOTrainer)(
+    return cls(
         model=of,
-        args=ORPOConfig(output_dir=str(folder), **settings),
+        args=config_class(output_dir=str(folder), **settings),
         processing_class=tokenizer(),
         train_dataset=data or pairs(16),
         eval_dataset=pairs(5, seed=1),
@@ -90,11 +98,18 @@ def train(of: Any, folder: Path, patched: bool, **options: Any) -> tuple[list[di
     return logs, dict(run.model.named_parameters())
 
 
-def assert_same(config: PretrainedConfig, folder: Path, rtol: float = 1e-4, atol: float = 1e-5, **options: Any) -> None:
+def assert_same(
+    config: PretrainedConfig,
+    folder: Path,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+    logged: str = "log_odds_ratio",
+    **options: Any,
+) -> None:
     stock, weights = train(model(config), folder, False, **options)
     ours, our_weights = train(model(config), folder, True, **options)
     assert len(stock) == len(ours) > 2
-    assert any("eval_log_odds_ratio" in entry for entry in ours)
+    assert any(f"eval_{logged}" in entry for entry in ours)
     for theirs, mine in zip(stock, ours, strict=True):
         assert list(theirs) == list(mine)
         for name, value in theirs.items():
@@ -357,7 +372,7 @@ def test_settings_of_the_patch() -> None:
 
 
 def test_a_trl_that_cannot_be_used_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    nowhere = dataclasses.replace(TRL, homes=("trl.no_such_home",))
+    nowhere = dataclasses.replace(TRL_ORPO, homes=("trl.no_such_home",))
     with pytest.raises(ImportError, match=r"trl \S+ gave no ORPOTrainer .* from 0.24 on: pip install --upgrade trl"):
         nowhere.find_class()
     with pytest.raises(ImportError, match="no-such-library is not installed: pip install no-such-library"):
