@@ -1,8 +1,8 @@
 """What patches of TRL's trainers of pairs share: ORPO's and CPO's, without full logits.
 
 Two methods of a trainer are replaced. ``get_batch_loss_metrics`` is the whole loss, so its gradients come from the
-fused plan (three products). ``concatenated_forward`` serves subclasses that compute their own loss from its
-log-probabilities (any upstream gradient). Everything else stays TRL's: data, padding, accumulation, logging, evaluation.
+fused plan (three products). ``concatenated_forward`` serves losses that are computed from its log-probabilities, a
+subclass's own for one. Everything else stays TRL's: data, padding, accumulation, logging, evaluation.
 """
 
 from __future__ import annotations

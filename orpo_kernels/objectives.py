@@ -200,10 +200,10 @@ class CPO:
     With l the log-probability of an answer, r = l or, under an ``alpha`` that is not 0 (AlphaPO, arXiv 2501.03884),
     r = (1 - exp(-alpha l)) / alpha, s the label smoothing and d = r_w - r_l:
 
-        "sigmoid"  l is the sum     -(1 - s) logsigmoid(beta d) - s logsigmoid(-beta d)     arXiv 2401.08417, equation 3
-        "simpo"    l is the mean    the same of beta d - gamma                              arXiv 2405.14734, equation 6
-        "hinge"    l is the sum     relu(1 - beta d)                                        arXiv 2305.10425
-        "ipo"      l is the mean    (d - 1 / (2 beta))^2                                    arXiv 2310.12036, equation 17
+        "sigmoid"  l is the sum     -(1 - s) logsigmoid(beta d) - s logsigmoid(-beta d)   arXiv 2401.08417, equation 3
+        "simpo"    l is the mean    the same of beta d - gamma                            arXiv 2405.14734, equation 6
+        "hinge"    l is the sum     relu(1 - beta d)                                      arXiv 2305.10425
+        "ipo"      l is the mean    (d - 1 / (2 beta))^2                                  arXiv 2310.12036, equation 17
 
     ``gamma`` is TRL's ``simpo_gamma`` and is read by "simpo" alone, ``label_smoothing`` by "sigmoid" and "simpo", and
     ``nll_weight`` is TRL's ``cpo_alpha``.
@@ -260,7 +260,7 @@ def _logistic(margin: Tensor, smoothing: float) -> Tensor:
 
 
 def _check_numbers(objective: Any, *, signed: tuple[str, ...] = (), text: tuple[str, ...] = ()) -> None:
-    """Every field but ``text`` a finite float, not negative unless ``signed``; in a compiled graph the operator asks."""
+    """Every field but ``text`` a finite float, not negative unless ``signed``; a compiled graph's operator asks."""
     if not torch.compiler.is_compiling():
         for name in (field.name for field in fields(objective) if field.name not in text):
             value = number(name, getattr(objective, name), signed=name in signed)

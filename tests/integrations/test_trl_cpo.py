@@ -1,4 +1,4 @@
-"""Real CPOTrainers on tiny random models: the patch changes no loss, no gradient and no metric, whatever the loss type."""
+"""Real CPOTrainers on tiny random models: the patch changes no loss, no gradient and no metric of any loss type."""
 
 from __future__ import annotations
 
