@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,30 +81,6 @@ def test_formulas_of_the_papers() -> None:
     torch.testing.assert_close(DPO(0.1)(pairs), -F.logsigmoid(torch.tensor([d])))
     smoothed = -0.8 * F.logsigmoid(torch.tensor([d])) - 0.2 * F.logsigmoid(torch.tensor([-d]))
     torch.testing.assert_close(DPO(0.1, 0.2)(pairs), smoothed)
-
-
-@pytest.mark.parametrize("kind", CPO.LOSS_TYPES)
-@pytest.mark.parametrize("alpha", [0.0, 0.25, -0.3])
-def test_cpo_is_trls(kind: str, alpha: float) -> None:
-    """Losses and rewards of TRL's own method, of sums and lengths instead of what it takes."""
-    from trl.experimental.cpo import CPOTrainer  # which takes seconds to import
-
-    stand_in = SimpleNamespace(
-        accelerator=SimpleNamespace(device="cpu"),
-        alpha=alpha,
-        beta=0.7,
-        label_smoothing=0.2,
-        loss_type=kind,
-        simpo_gamma=0.3,
-    )
-    sums, lengths = -20 * torch.rand(2, 8, dtype=torch.float64), torch.randint(1, 9, (2, 8)).double()
-    given = sums / lengths if kind in ("ipo", "simpo") else sums
-    objective = CPO(0.7, kind, 0.2, 0.3, alpha)
-    pairs = PairLogps(*sums, *lengths)
-    for mine, theirs in zip(
-        (objective(pairs), *objective.rewards(pairs)), CPOTrainer.cpo_loss(stand_in, *given), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("objective", [ORPO(), SimPO(), DPO(), *(CPO(loss_type=k) for k in CPO.LOSS_TYPES)], ids=str)

@@ -110,6 +110,7 @@ def test_child_processes_inherit_the_patch(stock: Path, tmp_path: Path) -> None:
     assert_same(stock, tmp_path / "ours.json")
 
 
+@pytest.mark.works("DDP, two processes", by="ORPO patch")
 def test_two_processes_give_the_same_metrics(tmp_path: Path) -> None:
     """DDP sees one module call whose output carries the loss."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

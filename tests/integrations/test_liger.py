@@ -64,15 +64,13 @@ def truth_of(case: Case, nll_target: Tensor | None, beta: float, nll: bool) -> d
 @pytest.mark.works("Liger's LigerFusedLinearORPOLoss as a drop-in", by="own loop")
 @pytest.mark.parametrize("patched", [False, True], ids=["our class", "their class, patched"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "options", [{}, {"beta": 0.4, "bias": True}, {"nll": False}, {"prompt": True, "chunk_size": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"beta": 0.4, "bias": True}, {"nll": False}, {"prompt": True, "chunk": 2}])
 def test_nine_outputs_and_gradients_are_ligers(options: dict[str, Any], dtype: torch.dtype, patched: bool) -> None:
     """No figure is farther from float64 than twice Liger's own."""
-    given = {"pairs": 3, "bias": False, "prompt": False, "nll": True, "beta": 0.1, "chunk_size": 1, **options}
+    given = {"pairs": 3, "bias": False, "prompt": False, "nll": True, "beta": 0.1, "chunk": 1, **options}
     case = make(dtype, pairs=given["pairs"], bias=given["bias"])
     nll_target = prompted(case) if given["prompt"] else None
-    made = {"beta": given["beta"], "compute_nll_loss": given["nll"], "chunk_size": given["chunk_size"]}
+    made = {"beta": given["beta"], "compute_nll_loss": given["nll"], "chunk_size": given["chunk"]}
     stock = Theirs(compiled=False, **made)
     naive = called(stock, case, nll_target)
     naive_grads = case.grads(naive["loss"])
@@ -148,8 +146,8 @@ def test_patching_is_idempotent_and_reversible(monkeypatch: pytest.MonkeyPatch) 
     assert Theirs.forward is STOCK_FORWARD
 
 
-# RMSNorm and SwiGLU are Triton kernels that its interpreter cannot run; on a CPU what is left of them is the rotary
-# embedding, which it can, and the fused cross-entropy's forward, which calls no kernel where a trainer passes no labels.
+# RMSNorm and SwiGLU are Triton kernels that its interpreter cannot run; what is left of Liger on a CPU is the rotary
+# embedding, and the forward of its fused cross-entropy, which calls no kernel where a trainer passes no labels.
 ON_A_CPU = {"rope": True, "rms_norm": False, "swiglu": False}
 ON_A_GPU = {"rope": True, "rms_norm": True, "swiglu": True}
 AVAILABLE = ON_A_GPU if torch.cuda.is_available() else ON_A_CPU

@@ -41,6 +41,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 
+# What each shows, in the words of the table of what works with what.
+ROWS = {
+    "llama": "plain head",
+    "qwen2 tied": "tied embeddings",
+    "gemma2 softcap": "softcap on the logits",
+    "granite divides": "scaled logits",
+    "phi bias": "bias on the head",
+    "mixtral router": "mixture of experts with its auxiliary loss",
+}
+
 
 @pytest.fixture(autouse=True)
 def _settings() -> Any:
@@ -120,22 +130,36 @@ def assert_same(
         )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def shown(name: str) -> Any:
+    """A configuration as a parameter, with the row of the table that it is."""
+    return pytest.param(name, marks=[pytest.mark.works(ROWS[name], by="ORPO patch")] if name in ROWS else [])
+
+
+@pytest.mark.parametrize("name", [shown(name) for name in CONFIGS])
 def test_nothing_changes(name: str, tmp_path: Path) -> None:
     assert_same(CONFIGS[name](), tmp_path)
 
 
+@pytest.mark.works("bf16 autocast", by="ORPO patch")
 @pytest.mark.parametrize("name", ["llama", "gemma2 softcap"])
 def test_nothing_changes_in_mixed_precision(name: str, tmp_path: Path) -> None:
     """TRL's default is bfloat16 autocast, where both round; the bound is what bfloat16 logits of this size do."""
     assert_same(CONFIGS[name](), tmp_path, rtol=2e-2, atol=2e-2, bf16=True)
 
 
+@pytest.mark.works("gradient checkpointing", by="ORPO patch")
+@pytest.mark.works("gradient accumulation", by="ORPO patch")
 def test_nothing_changes_with_checkpointing(tmp_path: Path) -> None:
     assert_same(CONFIGS["llama"](), tmp_path, gradient_checkpointing=True)
 
 
-@pytest.mark.parametrize("kept", [None, ["lm_head"]])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param(None, marks=pytest.mark.works("LoRA beside the head", by="ORPO patch")),
+        pytest.param(["lm_head"], marks=pytest.mark.works("LoRA, head in modules_to_save", by="ORPO patch")),
+    ],
+)
 def test_nothing_changes_under_lora(kept: list[str] | None, tmp_path: Path) -> None:
     """A frozen head, and peft's trained copy of one."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=kept)
@@ -161,11 +185,13 @@ class OwnOdds(ORPOTrainer):  # type: ignore[misc]
         return 3 * losses, *rest
 
 
+@pytest.mark.works("subclass with its own loss", by="ORPO patch")
 @pytest.mark.parametrize("cls", [OwnMetrics, OwnOdds])
 def test_subclasses_keep_what_they_override(cls: Any, tmp_path: Path) -> None:
     assert_same(CONFIGS["llama"](), tmp_path, cls=cls)
 
 
+@pytest.mark.works("evaluation", by="ORPO patch")
 def test_subclasses_are_patched(tmp_path: Path) -> None:
     class Plain(ORPOTrainer):  # type: ignore[misc]
         pass
@@ -210,6 +236,7 @@ def test_patching_is_idempotent_and_reversible(tmp_path: Path) -> None:
     assert not PATCH.applied
 
 
+@pytest.mark.works("answer truncated to nothing", by="ORPO patch")
 def test_an_answer_truncated_to_nothing_does_not_kill_the_run(tmp_path: Path) -> None:
     """Stock TRL divides by zero here: a NaN gradient in step 1 and NaN weights from then on."""
     words = " ".join(f"w{index}" for index in range(40))
@@ -240,6 +267,7 @@ def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCapture
     assert "not a plain nn.Linear" in message
 
 
+@pytest.mark.works("encoder-decoder models", by="ORPO patch", outcome="refused")
 def test_encoder_decoder_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(
@@ -279,6 +307,7 @@ def of_class(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.integrations.test_trl.model", build)
 
 
+@pytest.mark.works("model class of one's own", by="ORPO patch")
 def test_nothing_changes_for_a_model_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
