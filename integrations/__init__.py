@@ -122,8 +122,15 @@ TRL_CPO = Trainer(
     "CPOTrainer",
     "orpo_kernels.integrations.trl_cpo",
 )
+LLAMA_FACTORY = Trainer(
+    "llamafactory",
+    "0.9.5",
+    ("llamafactory.train.dpo.trainer",),
+    "CustomDPOTrainer",
+    "orpo_kernels.integrations.llamafactory",
+)
 TRL = (TRL_ORPO, TRL_CPO)
-TRAINERS = TRL
+TRAINERS = (*TRL, LLAMA_FACTORY)
 LIGER = Trainer(
     "liger-kernel",
     "0.8.5",

@@ -68,7 +68,14 @@ class Work(NamedTuple, Generic[R]):
 
 
 def fused_loss(
-    patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, objective: Objective
+    patch: Patch,
+    trainer: Any,
+    model: nn.Module,
+    site: Site,
+    batch: Batch,
+    objective: Objective,
+    nll_weight: float | None = None,
+    nll_reduction: str = "token",
 ) -> tuple[PreferenceOutput, Any] | str:
     """An objective's loss in one forward of ``model``, and the model's output: three products of the head's size.
 
@@ -80,6 +87,7 @@ def fused_loss(
             own log-probabilities differ.
     """
     own: dict[str, Any] = {"labels": batch.answer, "nll_labels": batch.nll, "objective": objective}
+    own |= {"nll_weight": nll_weight, "nll_reduction": nll_reduction}
 
     def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> PreferenceOutput:
         out = preference_loss(hidden, **own, **_keywords(head, batch, settings))

@@ -24,6 +24,7 @@ PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
 FUSED = "orpo_kernels: fused the loss of this ORPOTrainer: plan "
 LAZY = "orpo_kernels: logits of models of transformers "
 HOMES = " or ".join(["transformers.modeling_utils", *(home for trainer in TRAINERS for home in trainer.homes)])
+TARGETS = "trl ORPOTrainer or trl CPOTrainer or llamafactory CustomDPOTrainer"
 LAUNCH = ("-m", "orpo_kernels", "run")
 
 
@@ -224,10 +225,10 @@ def test_what_is_built_unpatched_is_said_when_it_is_built(tmp_path: Path) -> Non
     done = run(*LAUNCH, "--trainers-only", path, folder=tmp_path)
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "orpo_kernels: patched nothing so far: a Model is built and no trl ORPOTrainer or trl CPOTrainer was imported",
+        f"orpo_kernels: patched nothing so far: a Model is built and no {TARGETS} was imported",
         "Model",
         "Model",
-        "orpo_kernels: patched nothing of __main__.SFTTrainer: it is no trl ORPOTrainer or trl CPOTrainer",
+        f"orpo_kernels: patched nothing of __main__.SFTTrainer: it is no {TARGETS}",
         "SFTTrainer",
         "SFTTrainer",
     ]
