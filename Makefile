@@ -13,7 +13,7 @@ PEERS := build/peers
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint types bench ecosystem compile gpu tune wheelhouse clean
+.PHONY: help install demo test quick lint types bench ecosystem compile kernels gpu tune wheelhouse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ ecosystem: install  ## train real stacks (TRL versions, LLaMA-Factory, ms-swift,
 
 compile: install  ## compile every kernel for chips that need not be there
 	$(PY) -m benchmarks compile $(ARGS)
+
+kernels: install  ## write the package as a kernel repository for Hugging Face's `kernels`, into build/hub-kernel
+	$(PY) -m tools.hub_kernel $(ARGS)
 
 # Says which modules GPU_PYTHON lacks, where a traceback would be about the first of them alone.
 define needs

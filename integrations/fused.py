@@ -21,8 +21,8 @@ from orpo_kernels.engine import mean_logit
 from orpo_kernels.integrations.adapters import linear_head, stock_logits
 from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, detour, fingerprint, probes, read
 from orpo_kernels.integrations.trainer import Patch, Settings, Site, first, say
-from orpo_kernels.loss import OrpoOutput, logprobs_of_head, orpo_of_head, plan_of_head
-from orpo_kernels.objectives import ORPO
+from orpo_kernels.loss import PreferenceOutput, logprobs_of_head, plan_of_head, preference_of_head
+from orpo_kernels.objectives import Objective
 from orpo_kernels.settings import Batch as Labels
 from orpo_kernels.settings import Head
 from orpo_kernels.settings import Settings as CallSettings
@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     answer: Tensor  # [2P, T]
     nll: Tensor  # [P, T]
     ignore_index: int
+    averaged: slice = slice(None, -1)  # positions over which a trainer logs mean logits
 
 
 class Logprobs(NamedTuple):
@@ -46,7 +47,7 @@ class Logprobs(NamedTuple):
 
     answer: Tensor  # [2P, T]
     nll: Tensor  # [P, T]
-    logit_means: Tensor  # [2], chosen and rejected, over every position but the last, padding included
+    logit_means: Tensor  # [2], chosen and rejected, over all positions of ``Batch.averaged``
     lengths: Tensor  # [2P], answer tokens
     nll_tokens: Tensor  # []
 
@@ -69,27 +70,37 @@ class Work(NamedTuple, Generic[R]):
     plan: Callable[[Tensor, Head, Settings], object]  # says how it is computed
 
 
-def fused_orpo(
-    patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, beta: float
-) -> tuple[OrpoOutput, Any] | str:
-    """The ORPO loss in one forward of ``model``, and the model's output: three products of the head's size.
+def fused_loss(
+    patch: Patch,
+    trainer: Any,
+    model: nn.Module,
+    site: Site,
+    batch: Batch,
+    objective: Objective,
+    nll_weight: float | None = None,
+    nll_reduction: str = "token",
+) -> tuple[PreferenceOutput, Any] | str:
+    """An objective's loss in one forward of ``model``, and the model's output: three products of the head's size.
 
-    Means of logits are over every position but the last, padding included, as TRL logs them. Where the model cannot be
-    fused, the reason.
+    Means of logits are over the positions of ``batch.averaged``, padding included, as TRL logs them. Where the model
+    cannot be fused, the reason.
 
     Raises:
         RuntimeError: a later batch takes another way through the model than the one that was checked, or the model's
             own log-probabilities differ.
     """
-    labels, objective = Labels(batch.answer, batch.nll), ORPO(beta)
+    labels = Labels(batch.answer, batch.nll)
 
-    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> OrpoOutput:
-        out = orpo_of_head(hidden, head, labels, _of_call(batch, settings, objective))
+    def given(settings: Settings) -> CallSettings:
+        return _of_call(batch, settings, objective, nll_weight=nll_weight, nll_reduction=nll_reduction)
+
+    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> PreferenceOutput:
+        out = preference_of_head(hidden, head, labels, given(settings))
         chosen, rejected = _logit_means(hidden, head, shift, batch, settings, out)
         return out._replace(chosen_logits_mean=chosen, rejected_logits_mean=rejected)
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
-        return plan_of_head(hidden, head, labels, _of_call(batch, settings, objective))
+        return plan_of_head(hidden, head, labels, given(settings))
 
     fused = _forward(patch, trainer, model, site, batch, Work(score, lambda out: out.loss, plan))
     return fused if isinstance(fused, str) else (fused[0]._replace(loss=fused[1]["loss"]), fused[1])
@@ -101,7 +112,7 @@ def fused_logprobs(
     """Log-probabilities in one forward of ``model``, and its output, for losses of a trainer's own: or why not.
 
     Raises:
-        RuntimeError: as ``fused_orpo``.
+        RuntimeError: as ``fused_loss``.
     """
     pairs, ignore = batch.nll.shape[0], batch.ignore_index
     chosen, in_answer, in_nll = batch.answer[:pairs], batch.answer != ignore, batch.nll != ignore
@@ -130,16 +141,16 @@ def fused_logprobs(
     return fused[0]._replace(answer=answer, nll=nll), fused[1]
 
 
-def _of_call(batch: Batch, settings: Settings, objective: ORPO | None = None) -> CallSettings:
+def _of_call(batch: Batch, settings: Settings, objective: Objective | None = None, **more: Any) -> CallSettings:
     """What every fused function is told beside tensors; without an objective, of log-probabilities."""
-    return CallSettings(objective, ignore_index=batch.ignore_index, **settings._asdict())
+    return CallSettings(objective, ignore_index=batch.ignore_index, **more, **settings._asdict())
 
 
 @torch.no_grad()
 def _logit_means(
-    hidden: Tensor, head: Head, shift: float, batch: Batch, settings: Settings, out: OrpoOutput | None
+    hidden: Tensor, head: Head, shift: float, batch: Batch, settings: Settings, out: PreferenceOutput | None
 ) -> Tensor:
-    """Mean logit of the chosen and the rejected side over all positions but the last, as TRL logs it, ``[2]``.
+    """Mean logit of the chosen and the rejected side over the positions that the trainer averages, ``[2]``.
 
     Without a softcap that is ``mean(h) . mean(W)``. Under one the scored positions are in ``out`` already, and only
     the others, which no loss needs, cost a product.
@@ -147,13 +158,13 @@ def _logit_means(
     hidden, pairs = hidden.detach(), hidden.shape[0] // 2
     sides = []
     for side, chosen in ((slice(0, pairs), True), (slice(pairs, None), False)):
-        rows = hidden[side, :-1]
+        rows = hidden[side, batch.averaged]
         if head.softcap is None:
             sides.append(mean_logit(rows.reshape(-1, rows.shape[-1]), head, settings.backend))
             continue
-        scored = batch.answer[side, :-1] != batch.ignore_index
+        scored = batch.answer[side, batch.averaged] != batch.ignore_index
         if chosen:
-            scored = scored | (batch.nll[:, :-1] != batch.ignore_index)
+            scored = scored | (batch.nll[:, batch.averaged] != batch.ignore_index)
         if out is None:
             scored = torch.zeros_like(scored)
         share = scored.sum() / scored.numel()

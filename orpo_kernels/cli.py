@@ -26,7 +26,7 @@ import torch
 import orpo_kernels
 from orpo_kernels import integrations
 from orpo_kernels.backends import by_preference
-from orpo_kernels.integrations import TRAINERS, Trainer
+from orpo_kernels.integrations import LIGER, TRAINERS, Trainer
 from orpo_kernels.integrations.trainer import BACKEND_VARIABLE, WORKSPACE_VARIABLE, Settings
 from orpo_kernels.startup import sitecustomize
 
@@ -172,7 +172,7 @@ def _patch(trainer: Trainer) -> None:
 def _built(cls: type) -> None:
     """Say that nothing is patched now, when a run begins, and not after its hours of training."""
     patched = [trainer for trainer in TRAINERS if any(home in sys.modules for home in trainer.homes)]
-    known = ", ".join(trainer.target for trainer in TRAINERS)
+    known = " or ".join(trainer.target for trainer in TRAINERS)
     trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
     if issubclass(cls, trainer_class):
         if not any(issubclass(cls, trainer.load().owner) for trainer in patched):
@@ -225,7 +225,7 @@ def doctor() -> int:
         reason = backend.refuses(device, torch.bfloat16)
         print(f"backend {backend.name}: {reason or ('available' if used else 'used')}")
         used = used or reason is None
-    for trainer in TRAINERS:
+    for trainer in (*TRAINERS, LIGER):
         print(f"patch {trainer.target}: {_patchable(trainer)}")
     return 0
 

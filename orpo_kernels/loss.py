@@ -37,7 +37,7 @@ class PreferenceOutput(NamedTuple):
 
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names, and the objective's own. Means are over the valid pairs."""
-        return {**_metrics(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
+        return {**metrics_of(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
 
 
 class OrpoOutput(NamedTuple):
@@ -60,10 +60,10 @@ class OrpoOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names. Pairs that were skipped are left out of the means over pairs."""
         own = {"log_odds_ratio": self.log_odds_ratio, "log_odds_chosen": self.log_odds_chosen}
-        return {**_metrics(self, self.chosen_logps, self.rejected_logps), **own}
+        return {**metrics_of(self, self.chosen_logps, self.rejected_logps), **own}
 
 
-def _metrics(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+def metrics_of(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Under TRL's names, with the log-probabilities of answers ``[P]`` as they are to be logged."""
     count = out.valid.sum().clamp(min=1)
 
@@ -162,6 +162,12 @@ def preference_loss(
     head = Head(weight, bias, logit_scale, softcap, shard)
     batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes, sequence_group)
+    return preference_of_head(hidden, head, batch, settings)
+
+
+def preference_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> PreferenceOutput:
+    """``preference_loss`` for values."""
+    objective = settings.objective
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, mean, *metrics = losses.means.unbind()
     chosen_rewards, rejected_rewards = getattr(objective, "rewards", _log_ratios)(known)
@@ -226,12 +232,6 @@ def orpo_loss(
     head, batch = Head(weight, bias, logit_scale, softcap, shard), Batch(labels, nll_labels, cu_seqlens)
     objective = ORPO(beta)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes, sequence_group)
-    return orpo_of_head(hidden, head, batch, settings)
-
-
-def orpo_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> OrpoOutput:
-    """``orpo_loss`` for values; the objective of the settings is an ``ORPO``."""
-    objective: ORPO = settings.objective
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
     valid, chosen, rejected = known.valid, known.chosen_mean, known.rejected_mean

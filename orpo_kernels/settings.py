@@ -136,8 +136,8 @@ class Needs(NamedTuple):
         return Needs(hidden.requires_grad, head.trained.requires_grad, bias is not None and bias.requires_grad)
 
 
-def number(name: str, value: Any, *, positive: bool = False) -> float:
-    """A finite number that is not negative, or is ``positive``, as a float.
+def number(name: str, value: Any, *, positive: bool = False, signed: bool = False) -> float:
+    """A finite number that is not negative, is ``positive``, or is ``signed`` and may be either, as a float.
 
     Raises:
         TypeError: not a number; a tensor would be detached without a word.
@@ -154,8 +154,9 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
         found = float(value)
     except OverflowError:
         found = math.inf
-    if not math.isfinite(found) or found < 0 or (positive and found == 0):
-        raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {found}")
+    if not math.isfinite(found) or (found < 0 and not signed) or (positive and found == 0):
+        rest = "" if signed else " and positive" if positive else " and not negative"
+        raise ValueError(f"{name} must be finite{rest}, got {found}")
     return found
 
 

@@ -70,9 +70,11 @@ def run(name: str, stack: Stack, *, again: bool) -> dict[str, Any]:
             asked = [each for each, of in stock["runs"].items() if not of.get("error", "").startswith("LookupError")]
             found["runs"] = {each: compare(stock["runs"][each], fused["runs"][each]) for each in asked}
             if stack.fused_in_script:
-                ours = train(python, [stack.recipe], Path(folder, "script.json"), *stack.fused_in_script, fuse=True)
+                ours = train(
+                    python, [stack.recipe], Path(folder, "script.json"), *stack.fused_in_script, fuse=stack.in_script
+                )
                 for each in stack.fused_in_script:
-                    found["runs"][f"{each}, fuse(model)"] = compare(stock["runs"][each], ours["runs"][each])
+                    found["runs"][f"{each}, {stack.in_script}"] = compare(stock["runs"][each], ours["runs"][each])
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip()
         found["reason"] = said.splitlines()[-1] if said else str(error)
@@ -110,10 +112,10 @@ def hollow(packages: Path, module: str, names: tuple[str, ...]) -> None:
     (folder / "__init__.py").write_text("".join(f"{name} = None\n" for name in names))
 
 
-def train(python: Path, arguments: list[str], output: Path, *objectives: str, fuse: bool = False) -> dict[str, Any]:
+def train(python: Path, arguments: list[str], output: Path, *objectives: str, fuse: str = "") -> dict[str, Any]:
     """Run a recipe, the last of ``arguments``, and return what it wrote."""
     *before, recipe = arguments
-    environ = {**os.environ, **ENVIRON, **({"ECOSYSTEM_FUSE": "1"} if fuse else {})}
+    environ = {**os.environ, **ENVIRON, "ECOSYSTEM_FUSE": fuse}
     command([str(python), *before, str(RECIPES / recipe), str(output), *objectives], environ, output.parent)
     found: dict[str, Any] = json.loads(output.read_text())
     return found

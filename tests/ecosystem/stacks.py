@@ -15,7 +15,8 @@ class Stack:
     alone: tuple[str, ...] = ()  # installed without: packages whose servers, viewers and GPU builds no training needs
     # Packages that the stack imports and these objectives never call, with the names it takes from their modules.
     hollow: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    fused_in_script: tuple[str, ...] = ()  # objectives also run with fuse(model), as the launcher patches their trainer
+    fused_in_script: tuple[str, ...] = ()  # objectives also run without the launcher, fused as in_script says
+    in_script: str = "fuse(model)"  # or "plugin", by one that the stack's own configuration names
 
 
 def trl(title: str, *requires: str) -> Stack:
@@ -108,6 +109,8 @@ STACKS = {
             "sentencepiece",
         ),
         alone=("axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"),
+        fused_in_script=("orpo-own", "orpo-trl", "cpo-trl"),
+        in_script="plugin",
     ),
     "openrlhf": Stack(
         "OpenRLHF",

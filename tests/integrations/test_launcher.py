@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orpo_kernels import cli
+from orpo_kernels.integrations import TRAINERS
 from orpo_kernels.startup import sitecustomize
 
 pytestmark = pytest.mark.slow  # whole processes
@@ -22,7 +23,8 @@ READERS = Path(__file__).parent / "stock_readers.py"
 PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
 FUSED = "orpo_kernels: fused the loss of this ORPOTrainer: plan "
 LAZY = "orpo_kernels: logits of models of transformers "
-HOMES = "transformers.modeling_utils or trl.experimental.orpo.orpo_trainer or trl.trainer.orpo_trainer"
+HOMES = " or ".join(["transformers.modeling_utils", *(home for trainer in TRAINERS for home in trainer.homes)])
+TARGETS = "trl ORPOTrainer or trl CPOTrainer or llamafactory CustomDPOTrainer"
 LAUNCH = ("-m", "orpo_kernels", "run")
 
 
@@ -109,6 +111,7 @@ def test_child_processes_inherit_the_patch(stock: Path, tmp_path: Path) -> None:
     assert_same(stock, tmp_path / "ours.json")
 
 
+@pytest.mark.works("DDP, two processes", by="ORPO patch")
 def test_two_processes_give_the_same_metrics(tmp_path: Path) -> None:
     """DDP sees one module call whose output carries the loss."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -222,10 +225,10 @@ def test_what_is_built_unpatched_is_said_when_it_is_built(tmp_path: Path) -> Non
     done = run(*LAUNCH, "--trainers-only", path, folder=tmp_path)
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "orpo_kernels: patched nothing so far: a Model is built and no trl ORPOTrainer was imported",
+        f"orpo_kernels: patched nothing so far: a Model is built and no {TARGETS} was imported",
         "Model",
         "Model",
-        "orpo_kernels: patched nothing of __main__.SFTTrainer: it is no trl ORPOTrainer",
+        f"orpo_kernels: patched nothing of __main__.SFTTrainer: it is no {TARGETS}",
         "SFTTrainer",
         "SFTTrainer",
     ]
@@ -283,4 +286,5 @@ def test_doctor() -> None:
         [Path(sys.executable).parent / "orpo-kernels", "doctor"], capture_output=True, text=True, check=True
     )
     assert "backend torch: used" in done.stdout
-    assert "patch trl ORPOTrainer: yes" in done.stdout
+    for target in ("trl ORPOTrainer", "trl CPOTrainer", "liger-kernel LigerFusedLinearORPOLoss"):
+        assert f"patch {target}: yes" in done.stdout

@@ -13,10 +13,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from orpo_kernels import OrpoOutput, orpo_loss, reference
+from orpo_kernels import PreferenceOutput, preference_loss, reference
 from orpo_kernels.integrations import fused as fusing
 from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import Reading
+from orpo_kernels.objectives import ORPO
 from tests.integrations.models import VOCAB, FakePatch, FakeTrainer, batch, llama
 from tests.integrations.test_hf_head import logps_of
 
@@ -25,7 +26,7 @@ def orpo(model: Any, data: Any = None, trainer: Any = None, patch: Any = None) -
     trainer = trainer or FakeTrainer()
     site = patching.find_site(trainer, model)
     assert isinstance(site, patching.Site), site
-    return fusing.fused_orpo(patch or FakePatch(), trainer, model, site, data or batch(), 0.5)
+    return fusing.fused_loss(patch or FakePatch(), trainer, model, site, data or batch(), ORPO(0.5))
 
 
 def logprobs(model: Any, data: Any = None) -> Any:
@@ -287,16 +288,17 @@ def test_other_threads_get_the_models_own_logits(monkeypatch: pytest.MonkeyPatch
             found.append(model(**data.inputs).logits)
         found.append(orpo(model, data)[0].loss.item())
 
-    inside = fusing.orpo_loss
+    inside = fusing.preference_loss
 
-    def score(*args: Any, **kwargs: Any) -> OrpoOutput:
+    def score(*args: Any, **kwargs: Any) -> PreferenceOutput:
         if threading.current_thread() is threading.main_thread():
             other = threading.Thread(target=outside)
             other.start()
             other.join()
         return inside(*args, **kwargs)
 
-    monkeypatch.setattr(fusing, "orpo_loss", score)
+    monkeypatch.setattr(fusing, "preference_loss", score)
+    monkeypatch.setattr(fusing, "explain", lambda *_, **__: "plan")  # which knows the loss by its identity
     for _ in range(2):
         assert orpo(model, data)[0].loss.item() == pytest.approx(truth, rel=1e-5)
         logits, loss = found
@@ -353,12 +355,13 @@ def test_a_fused_run_says_so_once(cls: type, log: pytest.LogCaptureFixture) -> N
 
 
 def test_a_kernel_that_fails_gives_way_to_torch(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any, backend: str, **kwargs: Any) -> OrpoOutput:
+    def failing(*args: Any, backend: str, **kwargs: Any) -> PreferenceOutput:
         if backend != "torch":
             raise RuntimeError("PassManager::run failed\n  on sm_999")
-        return orpo_loss(*args, backend=backend, **kwargs)
+        return preference_loss(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr(fusing, "orpo_loss", failing)
+    monkeypatch.setattr(fusing, "preference_loss", failing)
+    monkeypatch.setattr(fusing, "explain", lambda *_, **__: "plan")  # which knows the loss by its identity
     patch, model, data = FakePatch(), llama(), batch()
     for _ in range(2):
         fused = orpo(model, data, patch=patch)
@@ -415,13 +418,12 @@ class Ranks:
 
 def test_metrics_of_all_ranks_take_one_collective() -> None:
     torch.manual_seed(0)
-    out = orpo_loss(
-        torch.randn(4, 9, 8), torch.randn(VOCAB, 8), batch().answer, nll_labels=batch().nll, backend="torch"
-    )
-    ranks = Ranks()
-    metrics = patching.metrics_of_all_ranks(ranks, out)
+    head = torch.randn(VOCAB, 8)
+    out = preference_loss(torch.randn(4, 9, 8), head, batch().answer, ORPO(), nll_labels=batch().nll, backend="torch")
+    ranks, logps = Ranks(), (out.pairs.chosen_mean, out.pairs.rejected_mean)
+    metrics = patching.metrics_of_all_ranks(ranks, out, logps)
     assert ranks.calls == 1
     assert list(metrics) == list(out.metrics())
-    kept = torch.cat([out.chosen_logps, out.chosen_logps + 1])[:3]  # the fourth sample is the sampler's repetition
+    kept = torch.cat([logps[0], logps[0] + 1])[:3]  # the fourth sample is the sampler's repetition
     assert metrics["logps/chosen"] == pytest.approx(kept.mean().item(), rel=1e-5)
     assert metrics["nll_loss"] == pytest.approx(out.nll_loss.item() + 0.5, rel=1e-5)
