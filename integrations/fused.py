@@ -1,9 +1,10 @@
 """One forward of a trainer's model with its head intercepted, and the loss or log-probabilities that come of it.
 
-A forward is one ordinary call of the trainer's model, so that DDP and DeepSpeed see one module call: the head is
-intercepted, the loss is computed where the hidden states are, and it leaves through the output's ``loss``. On the first
-batch of a model and its head the loss waits until the model's output is there, because that batch asks the model what
-it does to its logits (``hf_head.read``) and compares log-probabilities of a few tokens with the model's own.
+A forward is one ordinary call of the trainer's model, so that DDP, FSDP and DeepSpeed see one module call. The loss is
+computed in the head's own forward, where whatever shards its weight has gathered it; its gradient comes back through
+the head's output, so that whoever gathers the weight again for a backward is told; and it leaves through the output's
+``loss``. Before the first batch of a model and its head one call without gradients asks the model what it does to its
+logits (``hf_head.read``), and that batch compares log-probabilities of a few tokens with the model's own.
 """
 
 from __future__ import annotations
@@ -171,126 +172,228 @@ def _forward(
     mark, before = fingerprint(site.model, site.head), known.get(key)
     if isinstance(before, str):
         return before
-    reading = before[1] if before is not None and before[0] == mark else None
-    call = _Pass(patch, trainer, site, batch, work, reading)
-    handle = site.base.register_forward_hook(call.after_base)
-    try:
-        with detour(site.head, call.at_head):
-            output = model(**batch.inputs)
-    except Exception as error:
-        if call.reading is not None or call.calls == 0 or call.returned or isinstance(error, torch.OutOfMemoryError):
-            raise
-        call.refusal = (
-            f"its forward fails on logits of other rows than it gave its head ({type(error).__name__}: {error})"
-        )
-    finally:
-        handle.remove()
-    if call.calls == 0:
-        call.refusal = "its forward did not call its head"
+    question = None
+    if before is None or before[0] != mark:
+        question = _Question(site, batch)
+        reading = question.asked_of(model)
+        if isinstance(reading, str):
+            refusal = known[key] = f"{type(site.model).__name__}: {reading}"
+            return refusal
+    else:
+        reading = before[1]
+    call = _Pass(patch, trainer, site, batch, work, reading, question)
+    output = call.run(model)
     if call.refusal is not None:
-        if reading is not None:
-            raise RuntimeError(
-                f"orpo_kernels cannot follow {type(site.model).__name__}: {call.refusal}, and on an earlier batch it "
-                "called it once, on every position. Train it unpatched"
-            )
-        refusal = known[key] = f"{type(site.model).__name__}: {call.refusal}"
-        return refusal
-    assert call.reading is not None  # without one there is a refusal
-    assert call.result is not None
-    if reading is None:
-        known[key] = mark, call.reading
+        raise RuntimeError(
+            f"orpo_kernels cannot follow {type(site.model).__name__}: {call.refusal}, and on an earlier batch it "
+            "called it once, on every position. Train it unpatched"
+        )
+    assert call.result is not None  # without one there is a refusal
+    if question is not None:
+        known[key] = mark, reading
         if first(trainer, "fused"):
-            how = work.plan(call.hidden.detach(), call.reading.head(site.head), patch.settings)
             agreement = "" if call.agreement is None else f" (log-probabilities within {call.agreement:.1g} nats)"
             say(
                 trainer,
                 logging.INFO,
-                f"fused the loss of this {type(trainer).__name__}: {how}. The model's logits, read as {call.reading}, "
+                f"fused the loss of this {type(trainer).__name__}: {call.plan}. The model's logits, read as {reading}, "
                 f"agree on the first batch{agreement}",
             )
     return call.result, output
 
 
-class _Pass(Generic[R]):
-    """One forward with the head intercepted: what the head is called with, and what came of it.
+class _Call:
+    """One ordinary call of a model with its head intercepted, in this thread."""
 
-    Without a ``reading`` the model is asked for one: the head returns probes instead of a blank, and the loss is
-    computed when the model has returned.
-    """
-
-    def __init__(
-        self, patch: Patch, trainer: Any, site: Site, batch: Batch, work: Work[R], reading: Reading | None
-    ) -> None:
-        self.patch, self.trainer, self.site, self.batch = patch, trainer, site, batch
-        self.work, self.reading = work, reading
+    def __init__(self, site: Site, batch: Batch) -> None:
+        self.site, self.batch = site, batch
         self.thread = threading.get_ident()
         self.calls, self.returned = 0, False
         self.refusal: str | None = None
-        self.agreement: float | None = None  # nats
-        self.result: R | None = None
 
-    def at_head(self, input: Tensor) -> Tensor:
-        """In place of the head's forward: logits of few rows, because no loss is made of them."""
+    def run(self, model: nn.Module) -> Any:
+        """The model's output."""
+        # The last hook of the head sees what wrappers made of its output; the first of the model comes before theirs,
+        # which then find the loss in the output that they prepare for backward.
+        handles = (
+            self.site.head.register_forward_hook(self._after_head),
+            self.site.base.register_forward_hook(self._after_base, prepend=True),
+        )
+        try:
+            with detour(self.site.head, self._at_head):
+                output = model(**self.batch.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.calls == 0:
+            self.refusal = "its forward did not call its head"
+        return output
+
+    def at_head(self, hidden: Tensor) -> Tensor:
+        """What the head returns for its input ``[2P, T, H]``: ``[1, n, V]``, because no loss is made of its logits."""
+        raise NotImplementedError
+
+    def after_head(self, output: Tensor) -> Tensor:
+        """What the model is given for what the head returned."""
+        return output
+
+    def after_base(self, output: Any) -> None:
+        """The model has returned."""
+
+    def _at_head(self, input: Tensor) -> Tensor:
         self.calls += 1
-        self.hidden = input
-        head = self.site.head
+        head, weight = self.site.head, self.site.head.weight
+        size = torch.Size([head.out_features, head.in_features])
         if self.calls > 1:
             self.refusal = "its forward called its head more than once"
         elif input.shape[:-1] != self.batch.answer.shape:
             of, every = list(input.shape[:-1]), list(self.batch.answer.shape)
             self.refusal = f"its forward called its head on {of} of {every} positions"
-        elif self.reading is not None:
-            self.result = self._scored(self.reading)
-        if self.refusal is not None or self.reading is not None:
-            return input.new_zeros(1, 1, head.weight.shape[0])
-        device = input.device.type
-        self.autocast = torch.autocast(
-            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
-        )
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        # The model's own logits for a few tokens go through the rest of its forward behind the probes.
+        elif hasattr(weight, "full_tensor") or weight.shape != size:
+            self.refusal = f"its head's weight is sharded inside the head's own forward (here {list(weight.shape)})"
+        if self.refusal is not None:
+            return input.new_zeros(1, 1, head.out_features)
+        return self.at_head(input)
+
+    def _after_head(self, _module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        if threading.get_ident() != self.thread or self.refusal is not None:
+            return output
+        return self.after_head(output)
+
+    def _after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        if threading.get_ident() == self.thread and self.calls:
+            self.returned = True
+            if self.refusal is None:
+                self.after_base(output)
+
+
+class _Question(_Call):
+    """Asks a model what it does to its logits, in a call without gradients: its head returns probes.
+
+    Behind the probes the model's own logits of a few tokens go through the rest of its forward.
+    """
+
+    def asked_of(self, model: nn.Module) -> Reading | str:
+        """What the model does, or why it cannot be told."""
+        self.tracks = torch.is_grad_enabled()
+        device = self.batch.answer.device
+        # The batch that is trained on draws the random numbers it would have drawn.
+        forked = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+        try:
+            with forked, torch.no_grad():
+                self.run(model)
+        except Exception as error:
+            if self.calls == 0 or self.returned or isinstance(error, torch.OutOfMemoryError):
+                raise
+            what = f"its forward fails on logits of other rows than it gave its head ({type(error).__name__}: {error})"
+            return self.refusal or what
+        return self.refusal or self.reading
+
+    def at_head(self, hidden: Tensor) -> Tensor:
+        head = self.site.head
         labels = self.batch.answer.reshape(-1)
         places = torch.nonzero(labels != self.batch.ignore_index).view(-1)
-        self.places = places[:: max(1, len(places) // CHECKED_ROWS)][:CHECKED_ROWS]
-        rows = input.detach().reshape(-1, input.shape[-1])[self.places]
-        with torch.no_grad():
-            own = type(head).forward(head, rows)
-        self.eps = _rounding_of(own, rows, head)
-        self.given = torch.cat([probes(head.weight.shape[0], dtype, input.device), own.to(dtype)])
+        places = places[:: max(1, len(places) // CHECKED_ROWS)][:CHECKED_ROWS]
+        self.rows, self.labels = hidden.reshape(-1, hidden.shape[-1])[places], labels[places]
+        own = nn.Linear.forward(head, self.rows)
+        self.eps = _rounding_of(own, self.rows, head)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.given = torch.cat([probes(head.out_features, dtype, hidden.device), own.to(dtype)])
+        torch.set_grad_enabled(self.tracks)  # so that trained parameters behind the head show
         return self.given[None].clone()  # models write into their logits
 
-    def after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        """The model has returned: read what it did and compute the loss if that is due, and hand on what is tracked."""
-        if threading.get_ident() != self.thread or self.calls == 0:
-            return
-        self.returned = True
-        if self.refusal is None and self.reading is None:
-            reading = self._read(output.logits)
-            if isinstance(reading, str):
-                self.refusal = reading
-                return
-            with self.autocast:
-                self.result = self._first_scored(reading)
-                self._compare(output.logits[0, PROBES:], reading)
-            self.reading = reading
-        if self.result is not None:
-            output["loss"] = self.work.tracked(self.result)
-
-    def _read(self, logits: Tensor) -> Reading | str:
+    def after_base(self, output: Any) -> None:
+        torch.set_grad_enabled(False)
+        logits = output.logits
         if logits.dim() != 3 or logits.shape[:2] != (1, len(self.given)):
-            return f"it makes logits {list(logits.shape)} of its head's output {[1, *self.given.shape]}"
-        return read(self.given[:PROBES], logits[0, :PROBES])
+            self.refusal = f"it makes logits {list(logits.shape)} of its head's output {[1, *self.given.shape]}"
+            return
+        reading = read(self.given[:PROBES], logits[0, :PROBES])
+        if isinstance(reading, str):
+            self.refusal = reading
+        else:
+            self.reading, self.logits = reading, logits[0, PROBES:]
 
-    def _scored(self, reading: Reading) -> R:
-        return self.work.score(self.hidden, reading.head(self.site.head), reading.shift, self.patch.settings)
 
-    def _first_scored(self, reading: Reading) -> R:
+class _Enter(torch.autograd.Function):
+    """The head's output in the graph of the loss: its backward hands over the gradient that ``_Leave`` has met."""
+
+    @staticmethod
+    def forward(ctx: Any, tracked: Tensor, vocab: int, dtype: torch.dtype, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        return tracked.new_zeros(1, 1, vocab, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradients.pop(), None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """The loss, as if it were made of the head's output.
+
+    The gradient itself goes round the output's hooks, which may cast it, and is there before they are through.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, tracked: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients, ctx.blank = gradients, output.detach()
+        return tracked.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.gradients.append(gradients[0])
+        return torch.zeros_like(ctx.blank), None, None
+
+
+class _Pass(_Call, Generic[R]):
+    """The call whose head computes the loss; after a ``question`` it checks the answer."""
+
+    def __init__(
+        self,
+        patch: Patch,
+        trainer: Any,
+        site: Site,
+        batch: Batch,
+        work: Work[R],
+        reading: Reading,
+        question: _Question | None,
+    ) -> None:
+        super().__init__(site, batch)
+        self.patch, self.trainer, self.work = patch, trainer, work
+        self.reading, self.question = reading, question
+        self.agreement: float | None = None  # nats
+        self.gradients: list[Tensor] = []
+        self.result: R | None = None
+
+    def at_head(self, hidden: Tensor) -> Tensor:
+        self.result = self._scored(hidden) if self.question is None else self._first_scored(hidden)
+        if self.question is not None:
+            self._compare(self.question)
+            self.plan = str(self.work.plan(hidden.detach(), self._head(), self.patch.settings))
+        self.tracked = self.work.tracked(self.result)
+        blank: Tensor = _Enter.apply(self.tracked, self.site.head.out_features, hidden.dtype, self.gradients)
+        return blank
+
+    def after_head(self, output: Tensor) -> Tensor:
+        self.tracked = _Leave.apply(output, self.tracked.detach(), self.gradients)
+        return output.detach()
+
+    def after_base(self, output: Any) -> None:
+        output["loss"] = self.tracked
+
+    def _head(self) -> Head:
+        return self.reading.head(self.site.head)
+
+    def _scored(self, hidden: Tensor) -> R:
+        return self.work.score(hidden, self._head(), self.reading.shift, self.patch.settings)
+
+    def _first_scored(self, hidden: Tensor) -> R:
         """The first call on this machine may be the one that finds a kernel which does not compile or launch here."""
         settings = self.patch.settings
         try:
-            result = self._scored(reading)
-            if self.hidden.is_cuda:
-                torch.cuda.synchronize(self.hidden.device)  # a launch fails late
+            result = self._scored(hidden)
+            if hidden.is_cuda:
+                torch.cuda.synchronize(hidden.device)  # a launch fails late
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -298,7 +401,7 @@ class _Pass(Generic[R]):
                 raise
             self.patch.settings = settings._replace(backend="torch")
             try:
-                result = self._scored(reading)
+                result = self._scored(hidden)
             except Exception:  # what is wrong with the inputs is wrong here too, and no fault of the backend
                 self.patch.settings = settings
                 raise
@@ -312,8 +415,8 @@ class _Pass(Generic[R]):
         return result
 
     @torch.no_grad()
-    def _compare(self, logits: Tensor, reading: Reading) -> None:
-        """Raise if the model's own ``logits [k, V]`` give its labels other log-probabilities than ours.
+    def _compare(self, asked: _Question) -> None:
+        """Raise if the model's own logits of a few tokens give their labels other log-probabilities than ours.
 
         The tolerance is what rounding can do: each side rounds the label's logit and, in the log-sum-exp, every other
         one by its probability. Logits without a probability, masked ones, do not loosen it.
@@ -321,20 +424,19 @@ class _Pass(Generic[R]):
         Raises:
             RuntimeError: the two differ; the message has both numbers.
         """
-        if len(logits) == 0:
+        labels, reading = asked.labels, self.reading
+        if len(labels) == 0:
             return
-        labels = self.batch.answer.reshape(-1)[self.places]
-        rows = self.hidden.detach().reshape(-1, self.hidden.shape[-1])[self.places]
-        given = _keywords(reading.head(self.site.head), self.batch, self.patch.settings)
-        ours = linear_logprobs(rows, labels=labels, **given).double()
-        logits, own = logits.double() - reading.shift, self.given[PROBES:, : reading.vocab].double()
+        given = _keywords(self._head(), self.batch, self.patch.settings)
+        ours = linear_logprobs(asked.rows, labels=labels, **given).double()
+        logits, own = asked.logits.double() - reading.shift, asked.given[PROBES:, : reading.vocab].double()
         theirs = torch.log_softmax(logits, -1)
         size = torch.maximum(logits.abs(), reading.logit_scale * own.abs())
         weighed = torch.where(theirs > -50, theirs.exp() * size, 0.0).sum(-1)
         theirs, size = (values.gather(-1, labels[:, None]).squeeze(-1) for values in (theirs, size))
         # A label in a masked column has no probability either way.
         difference = torch.where(theirs > MASKED, (theirs - ours).abs(), 0.0)
-        tolerance = 2 * self.eps * (size + weighed) + 1e-5
+        tolerance = 2 * asked.eps * (size + weighed) + 1e-5
         self.agreement = difference.max().item()
         if not (difference <= tolerance).all():
             raise RuntimeError(

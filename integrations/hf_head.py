@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +45,36 @@ def head_module(model: nn.Module) -> nn.Linear | str:
         active = head.active_adapters
         trained = active and not head.disable_adapters and all(name in head.modules_to_save for name in active)
         head = head.modules_to_save[active[0]] if trained else head.original_module
-    if type(head) is not nn.Linear:
+    head = unwrapped(head)
+    if not is_linear(head):
         return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
-    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+    hooks = *head._forward_hooks.values(), *head._forward_pre_hooks.values()
+    if hasattr(head, "_hf_hook") or not all(map(_is_of_a_wrapper, hooks)):
         return "its head has forward hooks, which a fused loss would pass by"
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which a fused loss would pass by"
     if not getattr(vars(head).get("forward"), "ours", "forward" not in vars(head)):
         return "its head's forward was replaced, which a fused loss would pass by"
-    if not isinstance(head.weight, nn.Parameter) or head.weight.is_meta or head.weight.numel() == 0:
-        return "its head's weight is sharded or offloaded"
+    if head.weight.is_meta:
+        return "its head's weight is offloaded"
     return head
+
+
+def unwrapped(head: Any) -> Any:
+    """The head inside FSDP1's wrapper, where it has one of its own."""
+    return getattr(head, "_fsdp_wrapped_module", head)
+
+
+def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a plain ``nn.Linear``, or the class that FSDP2 derives from it to add methods."""
+    cls = type(head)
+    return cls is nn.Linear or (cls.__bases__[1:] == (nn.Linear,) and _is_of_a_wrapper(cls.__bases__[0]))
+
+
+def _is_of_a_wrapper(what: Any) -> bool:
+    """Whether a hook or class gathers weights and moves tensors, and so has its work done around any forward."""
+    home = str(getattr(getattr(what, "func", what), "__module__", ""))
+    return home.startswith(("torch.distributed.", "deepspeed.", "orpo_kernels."))
 
 
 class _Detour:
@@ -230,9 +249,10 @@ def read(given: Tensor, logits: Tensor) -> Reading | str:
 def fingerprint(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:
     """Whatever a model's treatment of its logits may depend on: a change asks for another reading.
 
-    Numbers of its configuration and of the model itself, buffers of its own by their version, the head's size.
+    Numbers of its configuration and of the model itself, buffers of its own by their version, the head's size. The
+    weight has another shape and dtype while it is sharded.
     """
-    found: list[Any] = [tuple(module.weight.shape), module.weight.dtype]
+    found: list[Any] = [module.out_features, module.in_features]
     config: Any = getattr(model, "config", None)
     texts = config.get_text_config() if hasattr(config, "get_text_config") else config
     for holder in {id(each): each for each in (config, texts) if each is not None}.values():
