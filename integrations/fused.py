@@ -213,8 +213,8 @@ class _Call:
 
     def run(self, model: nn.Module) -> Any:
         """The model's output."""
-        # The last hook of the head sees what wrappers made of its output; the first of the model comes before theirs,
-        # which then find the loss in the output that they prepare for backward.
+        # The last hook of the head sees what those of wrappers made of its output; the first of the model comes before
+        # theirs, which then find the loss in the output that they prepare for backward.
         handles = (
             self.site.head.register_forward_hook(self._after_head),
             self.site.base.register_forward_hook(self._after_base, prepend=True),
@@ -233,9 +233,8 @@ class _Call:
         """What the head returns for its input ``[2P, T, H]``: ``[1, n, V]``, because no loss is made of its logits."""
         raise NotImplementedError
 
-    def after_head(self, output: Tensor) -> Tensor:
-        """What the model is given for what the head returned."""
-        return output
+    def after_head(self, output: Tensor) -> None:
+        """The head has returned, and its hooks have seen what."""
 
     def after_base(self, output: Any) -> None:
         """The model has returned."""
@@ -255,10 +254,9 @@ class _Call:
             return input.new_zeros(1, 1, head.out_features)
         return self.at_head(input)
 
-    def _after_head(self, _module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        if threading.get_ident() != self.thread or self.refusal is not None:
-            return output
-        return self.after_head(output)
+    def _after_head(self, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        if threading.get_ident() == self.thread and self.refusal is None:
+            self.after_head(output)
 
     def _after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         if threading.get_ident() == self.thread and self.calls:
@@ -331,7 +329,7 @@ class _Enter(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     """The loss, as if it were made of the head's output.
 
-    The gradient itself goes round the output's hooks, which may cast it, and is there before they are through.
+    The gradient itself goes round the output's hooks, also those that FSDP1 is yet to register: they may cast it.
     """
 
     @staticmethod
@@ -374,9 +372,8 @@ class _Pass(_Call, Generic[R]):
         blank: Tensor = _Enter.apply(self.tracked, self.site.head.out_features, hidden.dtype, self.gradients)
         return blank
 
-    def after_head(self, output: Tensor) -> Tensor:
+    def after_head(self, output: Tensor) -> None:
         self.tracked = _Leave.apply(output, self.tracked.detach(), self.gradients)
-        return output.detach()
 
     def after_base(self, output: Any) -> None:
         output["loss"] = self.tracked

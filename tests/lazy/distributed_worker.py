@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
@@ -73,16 +75,23 @@ def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
     return wrap
 
 
-def fsdp1(**options: Any) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+def fsdp1(head: bool = False, **options: Any) -> Callable[[nn.Module], nn.Module]:
+    """The whole model, with the head in a unit of its own or in the root's."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        if head:
+            model.lm_head = FullyShardedDataParallel(model.lm_head, device_id=torch.device("cpu"), **options)
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+    return wrap
 
 
 def fsdp2(*units: str, root: bool | None = None, layers: bool = False, **options: Any) -> Callable[..., nn.Module]:
     """``fully_shard`` of the layers, of one more unit with the named modules, and of the root."""
-    reshard = options.pop("reshard", True)
+    reshard, copies = options.pop("reshard", True), options.pop("copies", ())
 
     def wrap(model: nn.Module) -> nn.Module:
-        shard: dict[str, Any] = {"mesh": mesh(), **options}
+        shard: dict[str, Any] = {"mesh": mesh(*copies), **options}
         for layer in model.model.layers if layers else []:
             fully_shard(layer, **shard)
         if units:
@@ -92,14 +101,11 @@ def fsdp2(*units: str, root: bool | None = None, layers: bool = False, **options
     return wrap
 
 
-_meshes: list[DeviceMesh] = []
-
-
-def mesh() -> DeviceMesh:
-    """Of both ranks."""
-    if not _meshes:
-        _meshes.append(init_device_mesh("cpu", (2,)))
-    return _meshes[0]
+@functools.cache
+def mesh(*sizes: int) -> DeviceMesh:
+    """Of all ranks; with sizes, of copies of the model and the ranks that shard each."""
+    names = ("copies", "parts") if sizes else ("parts",)
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),), mesh_dim_names=names)
 
 
 BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)  # as accelerate's bf16 has it
@@ -121,6 +127,7 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp1 bf16": Layout(
         fsdp1(use_orig_params=True, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)), exact=False
     ),
+    "fsdp1 head": Layout(fsdp1(head=True, use_orig_params=True)),
     "fsdp1 tied": Layout(fsdp1(use_orig_params=True), tied=True),
     "fsdp2 root": Layout(fsdp2(root=True)),
     "fsdp2 root tied": Layout(fsdp2(root=True), tied=True),
@@ -135,7 +142,15 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp2 head empty rank": Layout(fsdp2("lm_head", reshard=True), empty=True),
     "fsdp2 head bf16": Layout(fsdp2("lm_head", reshard=True, mp_policy=BF16), exact=False),
     "fsdp2 head keeps weights": Layout(fsdp2("lm_head", reshard=False)),
+    "fsdp2 head offload": Layout(fsdp2("lm_head", reshard=True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+    "fsdp2 tail offload": Layout(
+        fsdp2(*TAIL, layers=True, reshard=False, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    ),
+    "fsdp2 hybrid": Layout(fsdp2(*TAIL, layers=True, reshard=False, copies=(2, 2))),
 }
+
+
+OF_FOUR = ("fsdp2 hybrid",)  # takes four ranks
 
 
 def labels_of(layout: Layout, ids: Tensor) -> Tensor:
@@ -298,6 +313,7 @@ def main() -> None:
     results = {
         name: {mode: judge(layout, mode, rank) for mode in MODES if mode == "stock" or layout.exact or mode == "fused"}
         for name, layout in LAYOUTS.items()
+        if name not in OF_FOUR
     }
     for name in LATE:
         results[f"{name}, late"] = {"fused": late(LAYOUTS[name], rank)}
