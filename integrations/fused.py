@@ -379,7 +379,8 @@ class _Pass(_Call, Generic[R]):
         output["loss"] = self.tracked
 
     def _head(self) -> Head:
-        return self.reading.head(self.site.head)
+        head: Head = self.reading.head(self.site.head)
+        return head
 
     def _scored(self, hidden: Tensor) -> R:
         return self.work.score(hidden, self._head(), self.reading.shift, self.patch.settings)
