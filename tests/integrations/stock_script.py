@@ -50,9 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
         size = {"max_steps": options.steps, "per_device_train_batch_size": 2, "max_length": 32, "learning_rate": 1e-2}
-        arguments = ORPOConfig(
-            output_dir=folder, use_cpu=not options.any_device, bf16=False, **quiet, **size
-        )
+        arguments = ORPOConfig(output_dir=folder, use_cpu=not options.any_device, bf16=False, **quiet, **size)
         trainer = ORPOTrainer(model=model, args=arguments, processing_class=tokenizer(), train_dataset=pairs(16))
         trainer.train()
     if trainer.accelerator.is_main_process:

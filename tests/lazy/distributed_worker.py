@@ -1,6 +1,6 @@
 """One of two processes on gloo: every layout of data parallel and sharded training, stock and fused, on one start.
 
-usage: python -m tests.lazy.distributed_worker RANK FOLDER
+usage: python -m tests.lazy.distributed_worker RANK WORLD FOLDER
 
 Writes FOLDER/rank{RANK}.json: of each layout and mode the errors against one process that saw the whole batch in
 float64, or the traceback.
@@ -151,6 +151,46 @@ LAYOUTS: dict[str, Layout] = {
 
 
 OF_FOUR = ("fsdp2 hybrid",)  # takes four ranks
+LAYOUTS_OF_TWO = [name for name in LAYOUTS if name not in OF_FOUR]
+WRAPPED_FIRST = ("ddp", "fsdp1", "fsdp1 head", "fsdp2 head", "fsdp2 tail")
+# The table of what works with what has a row for several layouts each.
+ROWS = {
+    "ddp find": "DDP, find_unused_parameters",
+    "ddp static": "DDP, static_graph",
+    "ddp accumulates": "DDP, gradient accumulation",
+    "ddp empty": "DDP, a rank without a label",
+    "ddp": "DDP",
+    "fsdp1 flat": "FSDP1, flat parameters",
+    "fsdp1 keeps": "FSDP1, weights kept after the forward",
+    "fsdp1 bf16": "FSDP1, bf16 policy",
+    "fsdp1 head": "FSDP1, head in its own unit",
+    "fsdp1": "FSDP1",
+    "fsdp2 hybrid": "FSDP2, hybrid: copies of shards",
+    "fsdp2 root keeps": "FSDP2, one unit that keeps its weights",
+    "fsdp2 root bf16": "FSDP2, bf16 policy",
+    "fsdp2 root": "FSDP2, one unit",
+    "fsdp2 layers empty": "FSDP2, a rank without a label",
+    "fsdp2 layers accumulates": "FSDP2, gradient accumulation",
+    "fsdp2 layers": "FSDP2, units of layers and the rest",
+    "fsdp2 tail bf16": "FSDP2, bf16 policy",
+    "fsdp2 tail offload": "FSDP2, CPU offload",
+    "fsdp2 tail": "FSDP2, [norm, head] in a unit",
+    "fsdp2 head empty": "FSDP2, a rank without a label",
+    "fsdp2 head bf16": "FSDP2, bf16 policy",
+    "fsdp2 head keeps": "FSDP2, head in its own unit that keeps its weight",
+    "fsdp2 head offload": "FSDP2, CPU offload",
+    "fsdp2 head": "FSDP2, head in its own unit",
+}
+
+
+def row_of(layout: str) -> str:
+    return next(row for start, row in ROWS.items() if layout.startswith(start))
+
+
+def modes_of(name: str) -> tuple[str, ...]:
+    if not LAYOUTS[name].exact:
+        return ("stock", "fused")
+    return (*MODES, "wrapped first") if name in WRAPPED_FIRST else MODES
 
 
 def labels_of(layout: Layout, ids: Tensor) -> Tensor:
@@ -200,9 +240,11 @@ def without_reduction(wrapped: nn.Module) -> Any:
 def train(layout: Layout, batch: Batch, mode: str, alone: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The gradients of every step and the loss in evaluation; and what the report of a fused model says."""
     model = llama(tie_word_embeddings=layout.tied).to(torch.float64 if layout.exact or alone else torch.float32)
-    if mode != "stock" and not alone:
+    if mode in ("fused", "unknown") and not alone:
         fuse(model)
     wrapped = model if alone else layout.wrap(model)
+    if mode == "wrapped first" and not alone:
+        fuse(model)
     optimiser = torch.optim.SGD(wrapped.parameters(), lr=RATE)
     cast = torch.autocast("cpu", torch.bfloat16, enabled=layout.autocast and not alone)
     unknown, found = mode == "unknown", {}
@@ -299,7 +341,7 @@ def late(layout: Layout, rank: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")  # accelerate asks for them
     # If one rank fails where the other does not, the other waits no longer than this.
@@ -310,11 +352,7 @@ def main() -> None:
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    results = {
-        name: {mode: judge(layout, mode, rank) for mode in MODES if mode == "stock" or layout.exact or mode == "fused"}
-        for name, layout in LAYOUTS.items()
-        if name not in OF_FOUR
-    }
+    results = {name: {mode: judge(LAYOUTS[name], mode, rank) for mode in modes_of(name)} for name in LAYOUTS_OF_TWO}
     for name in LATE:
         results[f"{name}, late"] = {"fused": late(LAYOUTS[name], rank)}
     results["collectives"] = {"fused": collectives(rank)}
