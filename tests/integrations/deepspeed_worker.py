@@ -40,6 +40,13 @@ STAGES: dict[str, dict[str, Any]] = {
 MODES = ("stock", "patch", "patch, log-probabilities", "lazy", "head's forward", "model's forward", "outside")
 
 
+RUNS = [*STAGES, "zero 3, tied"]
+
+
+def modes_of(run: str) -> tuple[str, ...]:
+    return ("stock", "patch", "lazy") if run.endswith("tied") else MODES
+
+
 def loss_of(mode: str, wrapped: nn.Module, model: nn.Module, data: Batch) -> Tensor:
     if mode != "lazy":
         return devices_worker.loss_of(mode, wrapped, model, data)
@@ -135,10 +142,11 @@ def main() -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     results = {
-        f"{name}, tied" if tied else name: {mode: judge(stage, mode, rank, world, tied) for mode in modes}
-        for name, stage in STAGES.items()
-        for tied, modes in ((False, MODES), (True, ("stock", "patch", "lazy")))
-        if not tied or name == "zero 3"
+        name: {
+            mode: judge(STAGES[name.removesuffix(", tied")], mode, rank, world, name.endswith("tied"))
+            for mode in modes_of(name)
+        }
+        for name in RUNS
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -1,13 +1,14 @@
 """Runs stock_script.py with its own arguments on processes of a CPU that accelerate takes for one GPU each.
 
-accelerate knows FSDP and DeepSpeed on accelerators alone; what it then calls of torch and DeepSpeed runs on gloo.
+accelerate knows FSDP and DeepSpeed on accelerators alone; what it then calls of torch and DeepSpeed runs on gloo. Says
+at the end which of them it was.
 """
 
 import sys
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 
@@ -26,3 +27,8 @@ if __name__ == "__main__":
 
     sys.argv.append("--any-device")
     stock_script.main()
+    state = AcceleratorState()
+    fsdp, zero = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    print(
+        "ran under", f"FSDP{fsdp.fsdp_version}" if fsdp else f"DeepSpeed ZeRO-{zero.zero_stage}" if zero else "neither"
+    )
