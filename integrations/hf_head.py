@@ -45,7 +45,7 @@ def head_module(model: nn.Module) -> nn.Linear | str:
         active = head.active_adapters
         trained = active and not head.disable_adapters and all(name in head.modules_to_save for name in active)
         head = head.modules_to_save[active[0]] if trained else head.original_module
-    head = unwrapped(head)
+    head = getattr(head, "_fsdp_wrapped_module", head)  # where FSDP1 has it in a unit of its own
     if not is_linear(head):
         return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
     hooks = *head._forward_hooks.values(), *head._forward_pre_hooks.values()
@@ -58,11 +58,6 @@ def head_module(model: nn.Module) -> nn.Linear | str:
     if head.weight.is_meta:
         return "its head's weight is offloaded"
     return head
-
-
-def unwrapped(head: Any) -> Any:
-    """The head inside FSDP1's wrapper, where it has one of its own."""
-    return getattr(head, "_fsdp_wrapped_module", head)
 
 
 def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:

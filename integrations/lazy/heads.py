@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
-from orpo_kernels.integrations.hf_head import is_linear, replace_forward, unwrapped
+from orpo_kernels.integrations.hf_head import is_linear, replace_forward
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
 from orpo_kernels.integrations.lazy.stand_in import lazy_logits
@@ -245,7 +245,6 @@ def heads_of(model: nn.Module) -> list[nn.Linear] | str:
     found = [head]
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         found = [head.original_module, *head.modules_to_save.values()]
-    found = [unwrapped(module) for module in found]
     for module in found:
         if not is_linear(module):
             return f"its head is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
-from tests.lazy.distributed_worker import LATE, LAYOUTS, LAYOUTS_OF_TWO, STEPS, WRAPPED_FIRST, row_of
+from tests.lazy.distributed_worker import GONE, LATE, LAYOUTS, LAZY, STEPS, WRAPPED_FIRST, row_of
 from tests.ranks import Results, errors, results_of
 
 pytestmark = [
@@ -27,7 +27,7 @@ def marked(*modes: str, exact: bool = True) -> list[Any]:
     """Layouts and modes, those of the package as cells of the table."""
     return [
         pytest.param(name, mode, marks=[] if mode == "stock" else pytest.mark.works(row_of(name), by="lazy logits"))
-        for name in LAYOUTS_OF_TWO
+        for name in LAZY
         for mode in modes
         if LAYOUTS[name].exact == exact
     ]
@@ -50,6 +50,17 @@ def test_a_model_may_be_wrapped_before_it_is_fused(layout: str, results: Results
         assert {name: error for name, error in of_rank.items() if not error < 1e-10} == {}
 
 
+@pytest.mark.works(row_of(GONE), by="lazy logits", outcome="refused")
+def test_a_weight_that_cannot_be_gathered_again_is_an_error(results: Results) -> None:
+    """And a model that was wrapped first keeps its own logits."""
+    for of_rank in results:
+        said = of_rank[GONE]["fused"]["traceback"]
+        assert "logits are asked for something after their head's weight was sharded" in said
+        assert of_rank[GONE]["wrapped first"]["calls"] == 0
+    for found in errors(results, GONE, "wrapped first"):
+        assert {name: error for name, error in found.items() if not error < 1e-10} == {}
+
+
 @pytest.mark.parametrize(("layout", "mode"), marked("fused", exact=False))
 def test_bfloat16_costs_what_it_costs_stock(layout: str, mode: str, results: Results) -> None:
     for stock, fused in zip(errors(results, layout, "stock"), errors(results, layout, mode), strict=True):
@@ -57,7 +68,7 @@ def test_bfloat16_costs_what_it_costs_stock(layout: str, mode: str, results: Res
         assert {name: error for name, error in fused.items() if not error <= allowed[name]} == {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
+@pytest.mark.parametrize("layout", LAZY)
 def test_logits_are_needed_by_the_unknown_operation_alone(layout: str, results: Results) -> None:
     for of_rank in results:
         calls = STEPS * (2 if LAYOUTS[layout].accumulates else 1) + 1
