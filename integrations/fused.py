@@ -189,6 +189,8 @@ def _forward(
             "called it once, on every position. Train it unpatched"
         )
     assert call.result is not None  # without one there is a refusal
+    if output["loss"].dtype != call.tracked.dtype:
+        output["loss"] = _Uncast.apply(output["loss"], call.tracked.detach())
     if question is not None:
         known[key] = mark, reading
         if first(trainer, "fused"):
@@ -341,6 +343,19 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         ctx.gradients.append(gradients[0])
         return torch.zeros_like(ctx.blank), None, None
+
+
+class _Uncast(torch.autograd.Function):
+    """The loss with its own digits, where a policy of FSDP has cast the model's output to a narrower dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, cast: Tensor, tracked: Tensor) -> Tensor:
+        ctx.dtype = cast.dtype
+        return tracked.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
 
 
 class _Pass(_Call, Generic[R]):

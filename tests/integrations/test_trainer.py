@@ -138,6 +138,18 @@ def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.M
     assert len(asked) == 4
 
 
+def test_asking_a_model_draws_no_random_numbers() -> None:
+    """The call that asks is one more than stock has, and dropout must not tell."""
+    model = llama(attention_dropout=0.5).train()
+    losses = []
+    for _ in range(2):  # the batch that asks, and one that does not
+        torch.manual_seed(3)
+        losses.append(orpo(model)[0].loss.item())
+    assert losses[0] == losses[1]
+    torch.manual_seed(4)
+    assert orpo(model)[0].loss.item() != losses[0]
+
+
 class Never(transformers.LlamaForCausalLM):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         hidden = self.model(input_ids, attention_mask=attention_mask)[0]

@@ -108,7 +108,8 @@ def mesh(*sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", sizes or (dist.get_world_size(),), mesh_dim_names=names)
 
 
-BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)  # as accelerate's bf16 has it
+BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+CASTS = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, output_dtype=torch.bfloat16)  # as accelerate has it
 TAIL = ("model.norm", "lm_head")
 LAYOUTS: dict[str, Layout] = {
     "ddp": Layout(ddp()),
@@ -138,6 +139,7 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp2 root bf16": Layout(fsdp2(root=True, mp_policy=BF16), exact=False),
     "fsdp2 tail": Layout(fsdp2(*TAIL, layers=True, reshard=False)),  # accelerate's grouping
     "fsdp2 tail bf16": Layout(fsdp2(*TAIL, layers=True, reshard=False, mp_policy=BF16), exact=False),
+    "fsdp2 tail bf16 outputs": Layout(fsdp2(*TAIL, layers=True, reshard=False, mp_policy=CASTS), exact=False),
     "fsdp2 head": Layout(fsdp2("lm_head", reshard=True)),
     "fsdp2 head empty rank": Layout(fsdp2("lm_head", reshard=True), empty=True),
     "fsdp2 head bf16": Layout(fsdp2("lm_head", reshard=True, mp_policy=BF16), exact=False),
@@ -174,6 +176,7 @@ ROWS = {
     "fsdp2 layers empty": "FSDP2, a rank without a label",
     "fsdp2 layers accumulates": "FSDP2, gradient accumulation",
     "fsdp2 layers": "FSDP2, units of layers and the rest",
+    "fsdp2 tail bf16 outputs": "FSDP2, bf16 policy that casts the output",
     "fsdp2 tail bf16": "FSDP2, bf16 policy",
     "fsdp2 tail offload": "FSDP2, CPU offload",
     "fsdp2 tail": "FSDP2, [norm, head] in a unit",
