@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orpo_kernels import OrpoOutput, orpo_loss, reference
 from orpo_kernels.integrations import fused as fusing
+from orpo_kernels.integrations import intercept
 from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import Reading
 from tests.integrations.models import VOCAB, FakePatch, FakeTrainer, batch, llama
@@ -103,14 +104,14 @@ def test_masked_columns_are_masked(value: str, first: int) -> None:
 def test_a_wrong_reading_is_caught(cls: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is what stands between a fault of ours and a wrong loss in silence; nothing far off loosens it."""
     model = llama(cls).to(dtype)
-    read = fusing.read
+    read = intercept.read
 
     def wrong(given: Tensor, logits: Tensor) -> Any:
         found = read(given, logits)
         assert isinstance(found, Reading)
         return replace(found, logit_scale=0.8 * found.logit_scale)
 
-    monkeypatch.setattr(fusing, "read", wrong)
+    monkeypatch.setattr(intercept, "read", wrong)
     with pytest.raises(
         RuntimeError, match=r"does not reproduce the logits of .*: for 8 tokens .* are \[-.* and ours \[-"
     ):
@@ -119,8 +120,8 @@ def test_a_wrong_reading_is_caught(cls: type, dtype: torch.dtype, monkeypatch: p
 
 def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    read = fusing.read
-    monkeypatch.setattr(fusing, "read", lambda *given: asked.append(given) or read(*given))
+    read = intercept.read
+    monkeypatch.setattr(intercept, "read", lambda *given: asked.append(given) or read(*given))
     trainer = FakeTrainer()
     first, second = llama(), llama(changing(lambda z: 3 * z))
     for model in (first, first, second, second):
