@@ -155,8 +155,20 @@ def _kind(of: object) -> tuple[str, str]:
     return type(of).__module__, type(of).__name__
 
 
+def _is_plain(head: nn.Module) -> bool:
+    """Whether it is a plain ``nn.Linear``, or the class that FSDP2 derives from it to add methods."""
+    cls = type(head)
+    return cls is nn.Linear or (cls.__bases__[1:] == (nn.Linear,) and is_of_a_wrapper(cls.__bases__[0]))
+
+
+def is_of_a_wrapper(what: Any) -> bool:
+    """Whether a hook or class gathers weights and moves tensors, and so has its work done around any forward."""
+    home = str(getattr(getattr(what, "func", what), "__module__", ""))
+    return home.startswith(("torch.distributed.", "deepspeed.", "orpo_kernels."))
+
+
 def _is_linear(module: Any) -> bool:
-    return type(module) is nn.Linear or _kind(module) in BITSANDBYTES
+    return _is_plain(module) or _kind(module) in BITSANDBYTES
 
 
 def _packed(module: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.integrations.adapters import callees, refusal
+from orpo_kernels.integrations.adapters import callees, is_of_a_wrapper, refusal
 from orpo_kernels.settings import Head
 
 # A column whose logit is below this for a head output of 0 is masked: no softmax of logits of any size that a trained
@@ -45,6 +45,7 @@ def head_module(model: nn.Module) -> nn.Module | str:
     if head is None:
         return f"{type(model).__name__} names no output embeddings"
     found: nn.Module = callees(head)[0]
+    found = getattr(found, "_fsdp_wrapped_module", found)  # where FSDP1 has it in a unit of its own
     return _refusal_of_forward(found) or found
 
 
@@ -52,16 +53,15 @@ def _refusal_of_forward(head: nn.Module) -> str | None:
     why: str | None = refusal(head)
     if why is not None:
         return why
-    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+    hooks = *head._forward_hooks.values(), *head._forward_pre_hooks.values()
+    if hasattr(head, "_hf_hook") or not all(map(is_of_a_wrapper, hooks)):
         return "its head has forward hooks, which a fused loss would pass by"
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which a fused loss would pass by"
     if not getattr(vars(head).get("forward"), "ours", "forward" not in vars(head)):
         return "its head's forward was replaced, which a fused loss would pass by"
     weight: Any = head.weight
-    if not isinstance(weight, nn.Parameter) or weight.is_meta or weight.numel() == 0:
-        return "its head's weight is sharded or offloaded"
-    return None
+    return "its head's weight is offloaded" if weight.is_meta else None
 
 
 class _Detour:
@@ -237,10 +237,11 @@ def read(given: Tensor, logits: Tensor) -> Reading | str:
 def fingerprint(model: nn.Module, module: nn.Module) -> tuple[Any, ...]:
     """Whatever a model's treatment of its logits may depend on: a change asks for another reading.
 
-    Numbers of its configuration and of the model itself, buffers of its own by their version, the head's size.
+    Numbers of its configuration and of the model itself, buffers of its own by their version, the head's size. The
+    weight has another shape and dtype while it is sharded.
     """
-    weight: Any = module.weight
-    found: list[Any] = [tuple(weight.shape), weight.dtype]
+    linear: Any = module
+    found: list[Any] = [linear.out_features, linear.in_features]
     config: Any = getattr(model, "config", None)
     texts = config.get_text_config() if hasattr(config, "get_text_config") else config
     for holder in {id(each): each for each in (config, texts) if each is not None}.values():

@@ -119,11 +119,6 @@ def find_site(trainer: Any, model: nn.Module) -> Site | str:
     """Where to fuse in a ``transformers.Trainer``, or the reason why this one and its model keep their own path."""
     if isinstance(model, nn.DataParallel):
         return "nn.DataParallel replicates the model in threads: use one process a GPU (torchrun)"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP is not supported yet"
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO-3 is not supported yet"
     if hasattr(model, "_orig_mod") or getattr(trainer.args, "torch_compile", False):
         return "torch.compile around the whole model is not supported yet"
     base = trainer.accelerator.unwrap_model(model)

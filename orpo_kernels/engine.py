@@ -209,7 +209,7 @@ class Fused(torch.autograd.Function):
             return None, None, None, None, None, None
         call = ctx.call
         hidden, weight, bias, tail = ctx.saved_tensors
-        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers, tail=tail).detached()
+        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers)._replace(tail=tail).detached()
         with torch.autocast(upstream.device.type, enabled=False):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.

@@ -52,7 +52,8 @@ class _LazyForward:
             self.site.report.note(f"the logits are not lazy, because {why}")
             return self.own(input)
         of_head: Tensor = head.weight
-        input, (weight, bias, _, _, tail) = linear_head(head, input)
+        input, found = linear_head(head, input)
+        weight, bias, tail = found.weight, found.bias, found.tail
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # which autocast leaves alone
             to = torch.get_autocast_dtype(device)

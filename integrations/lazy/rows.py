@@ -64,6 +64,19 @@ class Inputs:
         self.versions = _version(self.hidden), _version(self.weight)
 
 
+def _whole(parameter: Any) -> Tensor:
+    """A parameter's tensor, from all ranks where only a part of it is here."""
+    if hasattr(parameter, "full_tensor"):
+        whole: Tensor = parameter.full_tensor()
+        return whole
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -151,21 +164,25 @@ class Root:
         inputs = self.inputs()
         weight = inputs.weight
         live: Any = self.site.module.weight
-        sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
+        sharded = self._is_gone(weight)  # again, after the head's forward
         changed = not sharded and _version(weight) != inputs.versions[1]
         if self.expired or (changed and weight.data_ptr() == live.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        if not sharded:
-            return weight, inputs.bias
-        if hasattr(live, "full_tensor"):
-            live = live.full_tensor()
-        if live.shape == weight.shape and live.untyped_storage().nbytes():
-            bias: Any = self.site.module.bias
-            bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
-            return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+        return self._gathered(weight.dtype) if sharded else (weight, inputs.bias)
+
+    def _is_gone(self, weight: Tensor) -> bool:
+        """Whether a wrapper has taken its memory (FSDP) or put nothing in its place (DeepSpeed ZeRO-3)."""
+        return weight.shape[0] != self.identity.vocab or weight.untyped_storage().nbytes() == 0
+
+    def _gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias as they are gathered now, or, where they are not, from all ranks."""
+        live = [each for each in (self.site.module.weight, self.site.module.bias) if each is not None]
+        whole: list[Any] = [_whole(each).detach().to(dtype) for each in live]
+        if not self._is_gone(whole[0]) and whole[0].shape[1] == self.hidden.shape[1]:  # no adapters beside it
+            return whole[0], whole[1] if len(whole) > 1 else None
         raise RuntimeError(
             "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
             "gathered again: compute it before, or unfuse(model)"
@@ -267,6 +284,8 @@ class Root:
         from orpo_kernels.integrations.lazy.products import Dense, Sparse
 
         weights = inputs.weight, inputs.bias
+        if self._is_gone(inputs.weight):  # what was saved is unpacked once, and that may be before it is gathered
+            weights = self._gathered(inputs.weight.dtype)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from orpo_kernels.startup import sitecustomize
 pytestmark = pytest.mark.slow  # whole processes
 
 STOCK = Path(__file__).parent / "stock_script.py"
+DDP = Path(__file__).parents[2] / "examples" / "accelerate" / "ddp.yaml"
 READERS = Path(__file__).parent / "stock_readers.py"
 PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
 FUSED = "orpo_kernels: fused the loss of this ORPOTrainer: plan "
@@ -111,16 +111,13 @@ def test_child_processes_inherit_the_patch(stock: Path, tmp_path: Path) -> None:
     assert_same(stock, tmp_path / "ours.json")
 
 
-@pytest.mark.works("DDP, two processes", by="ORPO patch")
+@pytest.mark.works("accelerate launch, DDP", by="ORPO patch")
 def test_two_processes_give_the_same_metrics(tmp_path: Path) -> None:
     """DDP sees one module call whose output carries the loss."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     # With --cpu accelerate starts one process; the script asks for the CPU itself.
-    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    accelerate = ["-m", "accelerate.commands.launch", *options, f"--main_process_port={port}"]
+    options = [f"--config_file={DDP}", "--mixed_precision=no", "--main_process_port=0"]
+    accelerate = ["-m", "accelerate.commands.launch", *options]
     done = run(*torchrun, STOCK, "stock.json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for launcher in (torchrun, accelerate):

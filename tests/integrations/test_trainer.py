@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orpo_kernels import PreferenceOutput, preference_loss, reference
 from orpo_kernels.integrations import fused as fusing
+from orpo_kernels.integrations import intercept
 from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import Reading
 from orpo_kernels.objectives import ORPO
@@ -104,14 +105,14 @@ def test_masked_columns_are_masked(value: str, first: int) -> None:
 def test_a_wrong_reading_is_caught(cls: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is what stands between a fault of ours and a wrong loss in silence; nothing far off loosens it."""
     model = llama(cls).to(dtype)
-    read = fusing.read
+    read = intercept.read
 
     def wrong(given: Tensor, logits: Tensor) -> Any:
         found = read(given, logits)
         assert isinstance(found, Reading)
         return replace(found, logit_scale=0.8 * found.logit_scale)
 
-    monkeypatch.setattr(fusing, "read", wrong)
+    monkeypatch.setattr(intercept, "read", wrong)
     with pytest.raises(
         RuntimeError, match=r"does not reproduce the logits of .*: for 8 tokens .* are \[-.* and ours \[-"
     ):
@@ -120,8 +121,8 @@ def test_a_wrong_reading_is_caught(cls: type, dtype: torch.dtype, monkeypatch: p
 
 def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    read = fusing.read
-    monkeypatch.setattr(fusing, "read", lambda *given: asked.append(given) or read(*given))
+    read = intercept.read
+    monkeypatch.setattr(intercept, "read", lambda *given: asked.append(given) or read(*given))
     trainer = FakeTrainer()
     first, second = llama(), llama(changing(lambda z: 3 * z))
     for model in (first, first, second, second):
@@ -137,6 +138,18 @@ def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.M
         orpo(second, trainer=trainer)
         orpo(second, trainer=trainer)
     assert len(asked) == 4
+
+
+def test_asking_a_model_draws_no_random_numbers() -> None:
+    """The call that asks is one more than stock has, and dropout must not tell."""
+    model = llama(attention_dropout=0.5).train()
+    losses = []
+    for _ in range(2):  # the batch that asks, and one that does not
+        torch.manual_seed(3)
+        losses.append(orpo(model)[0].loss.item())
+    assert losses[0] == losses[1]
+    torch.manual_seed(4)
+    assert orpo(model)[0].loss.item() != losses[0]
 
 
 class Never(transformers.LlamaForCausalLM):
