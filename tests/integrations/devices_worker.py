@@ -27,8 +27,9 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.accuracy import relative_error
 from orpo_kernels import orpo_loss, reference
-from orpo_kernels.integrations.fused import Batch, fused_logprobs, fused_orpo
+from orpo_kernels.integrations.fused import Batch, fused_logprobs, fused_loss
 from orpo_kernels.integrations.trainer import Site, find_site
+from orpo_kernels.objectives import ORPO
 from tests.integrations.models import VOCAB, FakePatch, FakeTrainer, batch, llama
 from tests.lazy.distributed_worker import LAYOUTS, OF_FOUR, RATE, STEPS, Layout, weights_of, without_reduction
 
@@ -140,8 +141,8 @@ def loss_of(mode: str, wrapped: nn.Module, model: nn.Module, data: Batch) -> Ten
         trainer = Devices()
         site = find_site(trainer, wrapped)
         assert isinstance(site, Site), site
-        fuse: Any = fused_orpo if mode == "patch" else fused_logprobs
-        fused = fuse(FakePatch(), trainer, wrapped, site, data, *([BETA] if mode == "patch" else []))
+        fuse: Any = fused_loss if mode == "patch" else fused_logprobs
+        fused = fuse(FakePatch(), trainer, wrapped, site, data, *([ORPO(BETA)] if mode == "patch" else []))
         assert not isinstance(fused, str), fused
         found = fused[0]
         return found.loss if mode == "patch" else of_logprobs(found.answer, found.nll)

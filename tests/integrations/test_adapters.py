@@ -315,7 +315,7 @@ def test_the_flops_of_a_patched_step() -> None:
         assert isinstance(site, patching.Site), site
         for _ in range(2):  # the first batch has checks
             with FlopCounterMode(display=False) as counter:
-                fused = fusing.fused_orpo(FakePatch(), trainer, model, site, DATA, 0.1)
+                fused = fusing.fused_loss(FakePatch(), trainer, model, site, DATA, ORPO(0.1))
                 assert not isinstance(fused, str), fused
                 fused[0].loss.backward()
         return counter.get_total_flops()

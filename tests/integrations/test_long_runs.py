@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.accuracy import FACTOR
 from orpo_kernels import orpo_loss
 from orpo_kernels.integrations import fuse, fusion_report, patch_trl, unpatch_trl
-from orpo_kernels.integrations.trl import ORPOTrainer
+from orpo_kernels.integrations.trl_orpo import ORPOTrainer
 from tests.integrations.models import SHAPE
 from tests.integrations.stock_script import pairs, tokenizer
 

@@ -301,7 +301,7 @@ def test_other_threads_get_the_models_own_logits(monkeypatch: pytest.MonkeyPatch
             found.append(model(**data.inputs).logits)
         found.append(orpo(model, data)[0].loss.item())
 
-    inside = fusing.preference_loss
+    inside = fusing.preference_of_head
 
     def score(*args: Any, **kwargs: Any) -> PreferenceOutput:
         if threading.current_thread() is threading.main_thread():
@@ -310,8 +310,7 @@ def test_other_threads_get_the_models_own_logits(monkeypatch: pytest.MonkeyPatch
             other.join()
         return inside(*args, **kwargs)
 
-    monkeypatch.setattr(fusing, "preference_loss", score)
-    monkeypatch.setattr(fusing, "explain", lambda *_, **__: "plan")  # which knows the loss by its identity
+    monkeypatch.setattr(fusing, "preference_of_head", score)
     for _ in range(2):
         assert orpo(model, data)[0].loss.item() == pytest.approx(truth, rel=1e-5)
         logits, loss = found
@@ -368,13 +367,14 @@ def test_a_fused_run_says_so_once(cls: type, log: pytest.LogCaptureFixture) -> N
 
 
 def test_a_kernel_that_fails_gives_way_to_torch(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any, backend: str, **kwargs: Any) -> PreferenceOutput:
-        if backend != "torch":
-            raise RuntimeError("PassManager::run failed\n  on sm_999")
-        return preference_loss(*args, backend=backend, **kwargs)
+    inside = fusing.preference_of_head
 
-    monkeypatch.setattr(fusing, "preference_loss", failing)
-    monkeypatch.setattr(fusing, "explain", lambda *_, **__: "plan")  # which knows the loss by its identity
+    def failing(hidden: Any, head: Any, labels: Any, settings: Any) -> PreferenceOutput:
+        if settings.backend != "torch":
+            raise RuntimeError("PassManager::run failed\n  on sm_999")
+        return inside(hidden, head, labels, settings)
+
+    monkeypatch.setattr(fusing, "preference_of_head", failing)
     patch, model, data = FakePatch(), llama(), batch()
     for _ in range(2):
         fused = orpo(model, data, patch=patch)
