@@ -123,6 +123,9 @@ class Root:
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
         self.columns: list[Column] = []
         self._means: dict[int, Tensor] = {}  # by the number of columns, [rows]
+        self.again: tuple[Tensor, Tensor | None] | None = (
+            None  # weight and bias, once gathered after the head's forward
+        )
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
 
@@ -171,7 +174,18 @@ class Root:
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        return self._gathered(weight.dtype) if sharded else (weight, inputs.bias)
+        return self._whole_again(weight.dtype) if sharded else (weight, inputs.bias)
+
+    def meet(self) -> None:
+        """Gather a weight that was sharded again, which takes all ranks: what each of them has to compute differs."""
+        inputs = self.held()
+        if inputs is not None and not self.expired and self._is_gone(inputs.weight):
+            self._whole_again(inputs.weight.dtype)
+
+    def _whole_again(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if self.again is None:
+            self.again = self._gathered(dtype)
+        return self.again
 
     def _is_gone(self, weight: Tensor) -> bool:
         """Whether a wrapper has taken its memory (FSDP) or put nothing in its place (DeepSpeed ZeRO-3)."""
@@ -367,6 +381,7 @@ class Table:
 
     def moment(self, rows: Tensor, name: str, *, follows: bool = True) -> Tensor:
         """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
+        self.root.meet()
         if not rows.numel():
             return (self.ids if name == "argmax" else self.logps)[rows]
         wanted = "expected" if name == "entropy" else name
@@ -408,6 +423,7 @@ class Table:
         root = self.root
         if ids is not None:
             root.hint(rows, ids)
+        root.meet()
         if self.known.whole:
             return
         if self.family is not None:
