@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
-Results = list[dict[str, dict[str, Any]]]  # of each rank, by layout and mode
+Results = list[dict[str, Any]]  # of each rank, as its worker wrote it, most by layout and mode
 
 
 def results_of(worker: str, world: int, tmp_path_factory: pytest.TempPathFactory) -> Results:

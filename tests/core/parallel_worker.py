@@ -609,7 +609,7 @@ def main() -> None:
     )
     results: dict[str, str | None] = {}
     for name, each in checks(folder).items():
-        if not all(word in name for word in sys.argv[4:]):
+        if not all(word in name for word in sys.argv[4:]) or (world == 4 and "triton" in name):  # slow, interpreted
             continue
         try:
             each()
