@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
 from orpo_kernels.integrations.adapters import callees, linear_head, refusal
-from orpo_kernels.integrations.hf_head import replace_forward
+from orpo_kernels.integrations.detours import BREAKS, replace_forward, restore_forward, uncompiled
 from orpo_kernels.integrations.lazy.nodes import lazy_logits
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
@@ -43,7 +43,7 @@ class _LazyForward:
     def __init__(self, head: nn.Module, site: Site) -> None:
         self.head, self.site = head, site
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable(reason=BREAKS)
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         head: Any = self.head
         if args or kwargs or not self._gains(input):  # peft's layers may be told which adapter each sequence takes
@@ -158,10 +158,8 @@ def _give_back(forward: _LazyForward, module: Any) -> None:
     vars(module).pop("_replicate_for_data_parallel", None)
     if vars(module).get("_old_forward") is forward:
         module._old_forward = forward.own
-    elif vars(module).get("forward") is forward:
-        del module.forward
-        if module.forward != forward.own:  # one that somebody had put there
-            module.forward = forward.own
+    else:
+        restore_forward(module, forward, forward.own)
 
 
 def fusion_report(model: nn.Module) -> Report:
@@ -248,6 +246,7 @@ def reports() -> list[tuple[str, Report]]:
 
 def heads_of(model: nn.Module) -> list[nn.Module] | str:
     """The modules that make the model's logits, or why there is none to replace."""
+    model = uncompiled(model)
     whose = getattr(getattr(model.forward, "__func__", model.forward), "__module__", "").partition(".")[0]
     if whose in LOSS_WITHOUT_HEAD:
         return f"its forward is {whose}'s, which computes its loss without calling the head"
@@ -257,7 +256,7 @@ def heads_of(model: nn.Module) -> list[nn.Module] | str:
         head = None
     if head is None:
         return f"{type(model).__name__} names no output embeddings: pass head="
-    found = callees(head)
+    found = [uncompiled(module) for module in callees(head)]
     for module in found:
         if (why := refusal(module)) is not None:
             return why
