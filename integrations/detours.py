@@ -89,7 +89,9 @@ def detour(head: nn.Module, way: Callable[[Tensor], Tensor], *, stays: bool = Fa
 
 
 @contextmanager
-def watch(module: nn.Module, told: Callable[[Any], None], *, first: bool = False, stays: bool = False) -> Iterator[None]:
+def watch(
+    module: nn.Module, told: Callable[[Any], None], *, first: bool = False, stays: bool = False
+) -> Iterator[None]:
     """Tell ``told`` what the module returns in this thread, inside the block: before other hooks, or after them."""
     thread = threading.get_ident()
     with _CHANGES:

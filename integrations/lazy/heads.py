@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,35 +208,44 @@ def patch_transformers(*, backend: str | None = None, workspace_bytes: int | Non
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    _Everywhere.settings = Settings.chosen(backend, workspace_bytes)
-    PreTrainedModel.__call__ = _Everywhere.call
+    _everywhere.settings = Settings.chosen(backend, workspace_bytes)
+    PreTrainedModel.__call__ = _everywhere
 
 
 def unpatch_transformers() -> None:
     """Give transformers' models their own call back, and those that were fused by it their head's forward."""
     from transformers.modeling_utils import PreTrainedModel
 
-    if vars(PreTrainedModel).get("__call__") is _Everywhere.call:
+    if vars(PreTrainedModel).get("__call__") is _everywhere:
         del PreTrainedModel.__call__
-    for model in list(_Everywhere.seen):
+    for model in list(_everywhere.seen):
         unfuse(model)
-    _Everywhere.seen.clear()
+    _everywhere.seen.clear()
 
 
 class _Everywhere:
     """What ``patch_transformers`` has put in place."""
 
-    settings = Settings()
-    seen: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+    def __init__(self) -> None:
+        self.settings = Settings()
+        self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    @staticmethod
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of ``PreTrainedModel.__call__``."""
-        if not torch.compiler.is_compiling() and model not in _Everywhere.seen:
-            _Everywhere.seen.add(model)
+    def __get__(self, model: Any, cls: type) -> Callable[..., Any]:
+        """``PreTrainedModel.__call__``: read when a model is called, and when ``torch.compile`` wraps one.
+
+        On the class it is the stock method, so that dynamo traces calls of models within models as ever.
+        """
+        if model is None:
+            return nn.Module.__call__
+        if model not in self.seen:
+            self.seen.add(model)
             if model.can_generate():  # before 4.52 every model is a GenerationMixin, those without a head too
-                fuse(model, **_Everywhere.settings._asdict())
-        return nn.Module.__call__(model, *args, **kwargs)
+                fuse(model, **self.settings._asdict())
+        bound: Callable[..., Any] = nn.Module.__call__.__get__(model)
+        return bound
+
+
+_everywhere = _Everywhere()
 
 
 def reports() -> list[tuple[str, Report]]:
