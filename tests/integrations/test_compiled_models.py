@@ -6,7 +6,9 @@ Backends here run what dynamo has traced as it is, so that graphs can be counted
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from orpo_kernels.integrations.detours import is_compiled, leave_nothing
 from orpo_kernels.integrations.fused import Batch, fused_loss
 from orpo_kernels.integrations.trainer import find_site
 from orpo_kernels.objectives import ORPO
+from tests.integrations import test_trl
 from tests.integrations.models import FakePatch, FakeTrainer, batch, build, llama
 from tests.integrations.test_trainer import stock_loss
 
@@ -104,6 +107,7 @@ def eager(model: nn.Module, _: Any) -> nn.Module:
 
 
 def ran(step: Callable[[Any, Batch], Tensor], how: Callable[[nn.Module, Any], Any], name: str, fused: bool) -> Run:
+    torch._dynamo.reset()  # layers of one model are compiled for those of another
     model, _ = build(name)
     model = fuse(model) if fused else model
     run = Run(step, model, how(model, "eager"))
@@ -138,7 +142,7 @@ def test_what_a_compiled_model_does_to_its_logits_may_meet_lazy_ones(step: Any) 
     ours = ran(step, HOWS["torch.compile(model)"], "gemma2", True)
     ours.assert_same(plain)
     assert ours.graphs[1:] == ours.graphs[1:2] * (STEPS - 1)
-    assert ours.graphs[-1] <= 2 * stock.graphs[-1]  # what comes behind the head may be a graph of its own
+    assert ours.graphs[-1] <= 3 * stock.graphs[-1]  # behind the head the softcap and the loss are graphs of their own
 
 
 @pytest.mark.works("softcap behind the head of a compiled model", by="ORPO patch")
@@ -223,3 +227,29 @@ def test_patch_transformers_fuses_what_is_compiled(how: str) -> None:
         unpatch_transformers()
     run.assert_same(Run(dpo, plain := llama(), plain))
     assert run.graphs[1:] == run.graphs[1:2] * (STEPS - 1)
+
+
+TRAINED = {"torch_compile": True, "max_steps": 4, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.works("torch_compile=True", by="ORPO patch")), "aot_eager"]
+)
+def test_orpo_trainer_compiles_and_fuses(backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Logged metrics and weights are those of the stock trainer, compiled as often, with a break at the head."""
+    config, options = test_trl.CONFIGS["llama"](), {**TRAINED, "torch_compile_backend": backend}
+    graphs: dict[bool, int] = {}
+    weights: dict[bool, dict[str, Tensor]] = {}
+    logs: dict[bool, list[dict[str, float]]] = {}
+    for patched in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        with caplog.at_level(logging.INFO, "orpo_kernels"):
+            logs[patched], weights[patched] = test_trl.train(test_trl.model(config), tmp_path, patched, **options)
+        graphs[patched] = counters["stats"]["unique_graphs"]
+    assert "fused the loss of this ORPOTrainer" in caplog.text
+    assert 0 < graphs[True] <= graphs[False]
+    for theirs, ours in zip(logs[False], logs[True], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for name, weight in weights[False].items():
+        torch.testing.assert_close(weights[True][name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
