@@ -132,7 +132,11 @@ def test_a_compiled_model_is_fused_and_compiled_as_often_as_without(how: str, st
     assert stock.graphs[-1] > 0
     assert ours.graphs[-1] <= stock.graphs[-1]
     assert ours.graphs[1:] == ours.graphs[1:2] * (STEPS - 1)  # the second length makes it a variable
-    assert stock.breaks == 0 < ours.breaks <= BREAKS_OF_A_GRAPH * ours.graphs[-1]
+    assert stock.breaks == 0
+    if not (lazy and how == "regions"):  # there the head is a region, and what stands in its forward is never traced
+        assert 0 < ours.breaks <= BREAKS_OF_A_GRAPH * ours.graphs[-1]
+    else:
+        assert ours.breaks == 0
 
 
 @pytest.mark.parametrize("step", [dpo, own_loss])
