@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from orpo_kernels.engine import mean_logit
 from orpo_kernels.integrations.adapters import linear_head
+from orpo_kernels.integrations.detours import leave_nothing
 from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, fingerprint
 from orpo_kernels.integrations.intercept import Batch, Call, Question
 from orpo_kernels.integrations.trainer import Patch, Settings, Site, first, say
@@ -186,7 +187,15 @@ def _forward(
     else:
         reading = before[1]
     call = _Pass(patch, trainer, site, batch, work, reading, question)
-    output = call.run(model)
+    try:
+        output = call.run(model)
+    except torch._dynamo.exc.Unsupported:
+        if call.calls:
+            raise
+        leave_nothing([site.head, site.base])  # in its own path nothing is to break its graph
+        what = "it was compiled with fullgraph=True, and a fused loss breaks the graph at the head"
+        refusal = known[key] = f"{type(site.model).__name__}: {what}. Compile it without"
+        return refusal
     if call.refusal is not None:
         raise RuntimeError(
             f"orpo_kernels cannot follow {type(site.model).__name__}: {call.refusal}, and on an earlier batch it "

@@ -10,9 +10,6 @@ model types stands behind it, and what it cannot express it refuses in a sentenc
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.integrations.adapters import callees, is_of_a_wrapper, refusal
+from orpo_kernels.integrations.detours import uncompiled
 from orpo_kernels.settings import Head
 
 # A column whose logit is below this for a head output of 0 is masked: no softmax of logits of any size that a trained
@@ -44,7 +42,7 @@ def head_module(model: nn.Module) -> nn.Module | str:
         head = None
     if head is None:
         return f"{type(model).__name__} names no output embeddings"
-    found: nn.Module = callees(head)[0]
+    found: nn.Module = uncompiled(callees(head)[0])
     found = getattr(found, "_fsdp_wrapped_module", found)  # where FSDP1 has it in a unit of its own
     return _refusal_of_forward(found) or found
 
@@ -62,57 +60,6 @@ def _refusal_of_forward(head: nn.Module) -> str | None:
         return "its head's forward was replaced, which a fused loss would pass by"
     weight: Any = head.weight
     return "its head's weight is offloaded" if weight.is_meta else None
-
-
-class _Detour:
-    """Stands in for a head's forward: threads that asked for it take their own way, all others what was there."""
-
-    ours = True
-
-    def __init__(self, head: nn.Module) -> None:
-        self.own: Callable[..., Tensor] = head.forward
-        self.before = vars(head).get("forward")  # lazy logits', or None
-        self.ways: dict[int, Callable[[Tensor], Tensor]] = {}
-
-    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        way = self.ways.get(threading.get_ident())
-        # What peft's layers are told beside hidden states, as which adapter each sequence takes, no way knows.
-        return self.own(input, *args, **kwargs) if way is None or args or kwargs else way(input)
-
-
-_DETOURS = threading.Lock()
-
-
-@contextmanager
-def detour(head: nn.Module, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let ``way`` take the place of the head's forward in this thread, inside the block."""
-    thread = threading.get_ident()
-    with _DETOURS:
-        here: Any = vars(head).get("forward")
-        if not isinstance(here, _Detour):
-            here = head.forward = _Detour(head)  # type: ignore[method-assign]
-        here.ways[thread] = way
-    try:
-        yield
-    finally:
-        with _DETOURS:
-            del here.ways[thread]
-            if not here.ways:
-                del head.forward
-                if here.before is not None:
-                    head.forward = here.before  # type: ignore[method-assign]
-
-
-def replace_forward(head: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Put ``forward`` in the place of the head's own, under a detour if one is being taken; what was there."""
-    with _DETOURS:
-        here: Any = vars(head).get("forward")
-        if isinstance(here, _Detour):
-            below, here.own, here.before = here.own, forward, forward
-            return below
-        was: Callable[..., Tensor] = head.forward
-        head.forward = forward  # type: ignore[method-assign,assignment]
-        return was
 
 
 @dataclass(frozen=True)

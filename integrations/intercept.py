@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from orpo_kernels.integrations.adapters import stock_logits
-from orpo_kernels.integrations.hf_head import PROBES, Reading, detour, probes, read
+from orpo_kernels.integrations.detours import detour, is_compiled, watch
+from orpo_kernels.integrations.hf_head import PROBES, Reading, probes, read
 from orpo_kernels.integrations.trainer import Site
 from orpo_kernels.settings import Head
 
@@ -31,7 +32,6 @@ class Call:
 
     def __init__(self, site: Site, batch: Batch) -> None:
         self.site, self.batch = site, batch
-        self.thread = threading.get_ident()
         self.calls, self.returned = 0, False
         self.refusal: str | None = None
 
@@ -45,16 +45,13 @@ class Call:
         """The model's output."""
         # The last hook of the head sees what those of wrappers made of its output; the first of the model comes before
         # theirs, which then find the loss in the output that they prepare for backward.
-        handles = (
-            self.site.head.register_forward_hook(self._after_head),
-            self.site.base.register_forward_hook(self._after_base, prepend=True),
-        )
-        try:
-            with detour(self.site.head, self._at_head):
-                output = model(**self.batch.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        stays = is_compiled(model)
+        with (
+            watch(self.site.head, self._after_head, stays=stays),
+            watch(self.site.base, self._after_base, first=True, stays=stays),
+            detour(self.site.head, self._at_head, stays=stays),
+        ):
+            output = model(**self.batch.inputs)
         if self.calls == 0:
             self.refusal = "its forward did not call its head"
         return output
@@ -83,12 +80,12 @@ class Call:
             return input.new_zeros(1, 1, self.vocab)
         return self.at_head(input)
 
-    def _after_head(self, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
-        if threading.get_ident() == self.thread and self.refusal is None:
+    def _after_head(self, output: Tensor) -> None:
+        if self.refusal is None:
             self.after_head(output)
 
-    def _after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        if threading.get_ident() == self.thread and self.calls:
+    def _after_base(self, output: Any) -> None:
+        if self.calls:
             self.returned = True
             if self.refusal is None:
                 self.after_base(output)
@@ -106,8 +103,10 @@ class Question(Call):
         device = self.batch.answer.device
         # The batch that is trained on draws the random numbers it would have drawn.
         forked = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+        # Its shapes come once: nothing is compiled for them.
+        eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
         try:
-            with forked, torch.no_grad():
+            with forked, torch.no_grad(), eager:
                 self.run(model)
         except Exception as error:
             if self.calls == 0 or self.returned or isinstance(error, torch.OutOfMemoryError):

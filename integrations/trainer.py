@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.backends import available
+from orpo_kernels.integrations.detours import leave_nothing, uncompiled
 from orpo_kernels.integrations.hf_head import head_module
 from orpo_kernels.loss import PreferenceOutput, metrics_of
 
@@ -86,6 +87,8 @@ class Patch:
         """Put the methods back; without a patch nothing happens."""
         for name in self.replacements if self.applied else ():
             setattr(self.owner, name, self.stock[name])
+        if self.applied:
+            leave_nothing()
         self.stock = {}
 
     def own_method(self, trainer: Any, names: tuple[str, ...]) -> str | None:
@@ -110,7 +113,7 @@ def _function(method: Any) -> Any:
 class Site(NamedTuple):
     """Where a trainer's model can be fused."""
 
-    base: nn.Module  # the module whose call returns the model's output, without DDP around it
+    base: nn.Module  # the module whose call returns the model's output, without DDP or torch.compile around it
     model: nn.Module  # the Hugging Face model, without peft around it
     head: nn.Module  # an nn.Linear, or peft's layer around one
 
@@ -119,10 +122,9 @@ def find_site(trainer: Any, model: nn.Module) -> Site | str:
     """Where to fuse in a ``transformers.Trainer``, or the reason why this one and its model keep their own path."""
     if isinstance(model, nn.DataParallel):
         return "nn.DataParallel replicates the model in threads: use one process a GPU (torchrun)"
-    if hasattr(model, "_orig_mod") or getattr(trainer.args, "torch_compile", False):
-        return "torch.compile around the whole model is not supported yet"
-    base = trainer.accelerator.unwrap_model(model)
-    inner = base.get_base_model() if hasattr(base, "get_base_model") else base
+    # accelerate would look behind torch.compile's wrapper too, and change what the wrapper names as its module.
+    base = uncompiled(trainer.accelerator.unwrap_model(uncompiled(model)))
+    inner = uncompiled(base.get_base_model()) if hasattr(base, "get_base_model") else base
     head = head_module(inner)
     return head if isinstance(head, str) else Site(base, inner, head)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
 from orpo_kernels.integrations.adapters import callees, linear_head, refusal
-from orpo_kernels.integrations.hf_head import replace_forward
+from orpo_kernels.integrations.detours import BREAKS, replace_forward, restore_forward, uncompiled
 from orpo_kernels.integrations.lazy.nodes import lazy_logits
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
@@ -43,7 +43,7 @@ class _LazyForward:
     def __init__(self, head: nn.Module, site: Site) -> None:
         self.head, self.site = head, site
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable(reason=BREAKS)
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         head: Any = self.head
         if args or kwargs or not self._gains(input):  # peft's layers may be told which adapter each sequence takes
@@ -158,10 +158,8 @@ def _give_back(forward: _LazyForward, module: Any) -> None:
     vars(module).pop("_replicate_for_data_parallel", None)
     if vars(module).get("_old_forward") is forward:
         module._old_forward = forward.own
-    elif vars(module).get("forward") is forward:
-        del module.forward
-        if module.forward != forward.own:  # one that somebody had put there
-            module.forward = forward.own
+    else:
+        restore_forward(module, forward, forward.own)
 
 
 def fusion_report(model: nn.Module) -> Report:
@@ -210,35 +208,44 @@ def patch_transformers(*, backend: str | None = None, workspace_bytes: int | Non
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    _Everywhere.settings = Settings.chosen(backend, workspace_bytes)
-    PreTrainedModel.__call__ = _Everywhere.call
+    _everywhere.settings = Settings.chosen(backend, workspace_bytes)
+    PreTrainedModel.__call__ = _everywhere
 
 
 def unpatch_transformers() -> None:
     """Give transformers' models their own call back, and those that were fused by it their head's forward."""
     from transformers.modeling_utils import PreTrainedModel
 
-    if vars(PreTrainedModel).get("__call__") is _Everywhere.call:
+    if vars(PreTrainedModel).get("__call__") is _everywhere:
         del PreTrainedModel.__call__
-    for model in list(_Everywhere.seen):
+    for model in list(_everywhere.seen):
         unfuse(model)
-    _Everywhere.seen.clear()
+    _everywhere.seen.clear()
 
 
 class _Everywhere:
     """What ``patch_transformers`` has put in place."""
 
-    settings = Settings()
-    seen: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+    def __init__(self) -> None:
+        self.settings = Settings()
+        self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    @staticmethod
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of ``PreTrainedModel.__call__``."""
-        if not torch.compiler.is_compiling() and model not in _Everywhere.seen:
-            _Everywhere.seen.add(model)
+    def __get__(self, model: Any, cls: type) -> Callable[..., Any]:
+        """``PreTrainedModel.__call__``: read when a model is called, and when ``torch.compile`` wraps one.
+
+        On the class it is the stock method, so that dynamo traces calls of models within models as ever.
+        """
+        if model is None:
+            return nn.Module.__call__
+        if model not in self.seen:
+            self.seen.add(model)
             if model.can_generate():  # before 4.52 every model is a GenerationMixin, those without a head too
-                fuse(model, **_Everywhere.settings._asdict())
-        return nn.Module.__call__(model, *args, **kwargs)
+                fuse(model, **self.settings._asdict())
+        bound: Callable[..., Any] = nn.Module.__call__.__get__(model)
+        return bound
+
+
+_everywhere = _Everywhere()
 
 
 def reports() -> list[tuple[str, Report]]:
@@ -248,6 +255,7 @@ def reports() -> list[tuple[str, Report]]:
 
 def heads_of(model: nn.Module) -> list[nn.Module] | str:
     """The modules that make the model's logits, or why there is none to replace."""
+    model = uncompiled(model)
     whose = getattr(getattr(model.forward, "__func__", model.forward), "__module__", "").partition(".")[0]
     if whose in LOSS_WITHOUT_HEAD:
         return f"its forward is {whose}'s, which computes its loss without calling the head"
@@ -257,7 +265,7 @@ def heads_of(model: nn.Module) -> list[nn.Module] | str:
         head = None
     if head is None:
         return f"{type(model).__name__} names no output embeddings: pass head="
-    found = callees(head)
+    found = [uncompiled(module) for module in callees(head)]
     for module in found:
         if (why := refusal(module)) is not None:
             return why

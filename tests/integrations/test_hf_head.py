@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from orpo_kernels.integrations import fused as fusing
 from orpo_kernels.integrations import fusion_report
 from orpo_kernels.integrations import trainer as patching
-from orpo_kernels.integrations.hf_head import Reading, detour, head_module, probes, read
+from orpo_kernels.integrations.detours import detour
+from orpo_kernels.integrations.hf_head import Reading, head_module, probes, read
 from orpo_kernels.integrations.lazy.heads import patch_transformers, unpatch_transformers
 from orpo_kernels.settings import Head
 from tests.integrations.models import ROWS, VOCAB, FakePatch, FakeTrainer, batch, build, llama
