@@ -93,7 +93,7 @@ def install(name: str, stack: Stack, *, again: bool) -> Path:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
         constraints = ROOT / "constraints.txt"
         torch = next(line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
-        command([*pip, torch, *stack.requires])
+        command([*pip, stack.torch or torch, *stack.requires])
         command([*pip, "--no-deps", "--editable", str(ROOT), *stack.alone])
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
         for module, names in stack.hollow.items():
