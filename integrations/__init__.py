@@ -110,14 +110,14 @@ class Trainer:
 
 TRL_ORPO = Trainer(
     "trl",
-    "0.24",
+    "0.12",
     ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer"),
     "ORPOTrainer",
     "orpo_kernels.integrations.trl_orpo",
 )
 TRL_CPO = Trainer(
     "trl",
-    "0.24",
+    "0.12",
     ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer"),
     "CPOTrainer",
     "orpo_kernels.integrations.trl_cpo",

@@ -24,12 +24,14 @@ def trl(title: str, *requires: str, torch: str = "") -> Stack:
     return Stack(title, "trl_trainers.py", requires, fused_in_script=("orpo", "cpo", "simpo"), torch=torch)
 
 
-# Versions of TRL, the oldest first: the environments of `make matrix`, and the range that `doctor` calls tested.
+# All as old as TRL 0.12 itself: later accelerate, datasets and peft ask for a later transformers.
+OLDEST = "trl==0.12.2", "transformers==4.46.3", "accelerate==1.1.1", "datasets<4", "peft==0.13.2"
+
+# The environments of `make matrix`, the oldest first. They span the versions that `doctor` calls tested. The index has
+# torch 2.9 for Linux with CUDA alone, 7 GB installed, so one environment has it and CI runs the one after.
 MATRIX = {
-    # All as old as TRL 0.12 itself: later accelerate, datasets and peft ask for a later transformers.
-    "trl-0.12": trl(
-        "TRL 0.12", "trl==0.12.2", "transformers==4.46.3", "accelerate==1.1.1", "datasets<4", "peft==0.13.2"
-    ),
+    "torch-2.9": trl("TRL 0.12, torch 2.9", *OLDEST, torch="torch==2.9.1"),
+    "trl-0.12": trl("TRL 0.12", *OLDEST),
     "trl-0.16": trl("TRL 0.16", "trl==0.16.1", "transformers==4.51.3", "peft"),
     "trl-0.18": trl("TRL 0.18", "trl==0.18.2", "transformers==4.52.4", "peft"),
     "trl-0.24": trl("TRL 0.24", "trl==0.24.0", "transformers<5", "peft"),
