@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "TESTED",
     "TRAINERS",
     "fuse",
     "fusion_report",
@@ -110,14 +111,14 @@ class Trainer:
 
 TRL_ORPO = Trainer(
     "trl",
-    "0.24",
+    "0.12",
     ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer"),
     "ORPOTrainer",
     "orpo_kernels.integrations.trl_orpo",
 )
 TRL_CPO = Trainer(
     "trl",
-    "0.24",
+    "0.12",
     ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer"),
     "CPOTrainer",
     "orpo_kernels.integrations.trl_cpo",
@@ -130,6 +131,8 @@ LLAMA_FACTORY = Trainer(
     "orpo_kernels.integrations.llamafactory",
 )
 TRL = (TRL_ORPO, TRL_CPO)
+# The oldest and the newest version of what patches and lazy logits were tried with: the record in docs/stacks.md.
+TESTED = {"torch": ("2.9", "2.13"), "transformers": ("4.46", "5.24"), "trl": ("0.12", "1.16")}
 TRAINERS = (*TRL, LLAMA_FACTORY)
 LIGER = Trainer(
     "liger-kernel",

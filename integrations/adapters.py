@@ -43,7 +43,7 @@ def callees(head: Any) -> list[nn.Module]:
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         # The copy is called while its adapter is active and enabled.
         every = [head.original_module, *head.modules_to_save.values()]
-        active = head.active_adapters
+        active = head.active_adapters if hasattr(head, "active_adapters") else [head.active_adapter]  # peft before 0.15
         trained = active and not head.disable_adapters and all(name in head.modules_to_save for name in active)
         now = head.modules_to_save[active[0]] if trained else head.original_module
         return sorted(every, key=lambda module: module is not now)

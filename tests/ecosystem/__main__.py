@@ -1,7 +1,8 @@
 """Make a stack's environment, train in it stock and fused, and record how the two agree.
 
-usage: python -m tests.ecosystem [--again] [NAME ...]      NAMEs as in stacks.py; without any, all of them
-       python -m tests.ecosystem render                    write docs/stacks.md's table from the record
+usage: python -m tests.ecosystem [--again] [--check] [NAME ...]    NAMEs as in stacks.py; without any, all of them
+       python -m tests.ecosystem matrix                            the versions of TRL among them
+       python -m tests.ecosystem render                            write docs/stacks.md's tables from the record
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from benchmarks.harness.machine import ROOT, commit, today
 from tests.ecosystem.compare import compare
-from tests.ecosystem.stacks import STACKS, Stack
+from tests.ecosystem.stacks import MATRIX, STACKS, Stack
 from tests.ecosystem.table import RECORD, load, render
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -37,22 +38,29 @@ ENVIRON = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ecosystem", description=__doc__.partition("\n")[0])
     parser.add_argument("--again", action="store_true", help="install anew what is installed")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"render, or of {', '.join(STACKS)} (default: all)")
+    parser.add_argument("--check", action="store_true", help="record nothing, and fail where a stack does not run")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"render, matrix, or of {', '.join(STACKS)} (default: all)"
+    )
     options = parser.parse_args()
     if options.names == ["render"]:
         render()
         return 0
-    if unknown := set(options.names) - set(STACKS):
+    names = [name for given in options.names or STACKS for name in (MATRIX if given == "matrix" else [given])]
+    if unknown := set(names) - set(STACKS):
         parser.error(f"no such stack: {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
     agree, at = True, commit()  # before the record and the document change
-    for name in options.names or STACKS:
+    for name in names:
         found = {"date": today(), "commit": at, **run(name, STACKS[name], again=options.again)}
-        every = load()
-        every[name] = found
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps({key: every[key] for key in STACKS if key in every}, indent=1) + "\n")
-        render()
+        if not options.check:
+            every = load()
+            every[name] = found
+            RECORD.parent.mkdir(parents=True, exist_ok=True)
+            RECORD.write_text(json.dumps({key: every[key] for key in STACKS if key in every}, indent=1) + "\n")
+            render()
         wrong = [f"{key}: {each['disagrees']}" for key, each in found["runs"].items() if each["disagrees"]]
+        if options.check:
+            wrong += [found["reason"]] if "reason" in found else []
         print(f"{name}: {found.get('reason') or wrong or 'agrees'}", flush=True)
         agree = agree and not wrong
     return 0 if agree else 1
@@ -93,7 +101,7 @@ def install(name: str, stack: Stack, *, again: bool) -> Path:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
         constraints = ROOT / "constraints.txt"
         torch = next(line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
-        command([*pip, torch, *stack.requires])
+        command([*pip, stack.torch or torch, *stack.requires])
         command([*pip, "--no-deps", "--editable", str(ROOT), *stack.alone])
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
         for module, names in stack.hollow.items():

@@ -285,3 +285,28 @@ def test_doctor() -> None:
     assert "backend torch: used" in done.stdout
     for target in ("trl ORPOTrainer", "trl CPOTrainer", "liger-kernel LigerFusedLinearORPOLoss"):
         assert f"patch {target}: yes" in done.stdout
+    assert "patch llamafactory CustomDPOTrainer: no, llamafactory is not installed" in done.stdout
+    assert "(tested: 0.12 to 1.16)" in done.stdout
+    assert "lazy logits: yes, the loss of a small model is" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (None, ""),
+        ("0.11.4", " (untested: older than 0.12)"),
+        ("0.12.0", " (tested: 0.12 to 1.16)"),
+        ("1.16.3", " (tested: 0.12 to 1.16)"),
+        ("1.17.0.dev0", " (untested: newer than 1.16)"),
+    ],
+)
+def test_doctor_says_how_a_version_lies_to_those_tested(
+    version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_version", lambda _: version)
+    assert cli._tested("trl") == said
+
+
+def test_doctor_says_why_logits_are_not_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli._lazy().startswith("no, ModuleNotFoundError: import of transformers halted")

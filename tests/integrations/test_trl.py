@@ -439,7 +439,7 @@ def test_settings_of_the_patch() -> None:
 
 def test_a_trl_that_cannot_be_used_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = dataclasses.replace(TRL_ORPO, homes=("trl.no_such_home",))
-    with pytest.raises(ImportError, match=r"trl \S+ gave no ORPOTrainer .* from 0.24 on: pip install --upgrade trl"):
+    with pytest.raises(ImportError, match=r"trl \S+ gave no ORPOTrainer .* from 0.12 on: pip install --upgrade trl"):
         nowhere.find_class()
     with pytest.raises(ImportError, match="no-such-library is not installed: pip install no-such-library"):
         dataclasses.replace(nowhere, library="no-such-library").find_class()

@@ -54,6 +54,12 @@ def model(seed: int = 0) -> LlamaForCausalLM:
     return found
 
 
+def moved(trained: torch.nn.Module) -> list[float]:
+    """How far training has moved each weight of ``model()``."""
+    before = dict(model().named_parameters())
+    return torch.cat([(after - before[name]).flatten() for name, after in trained.named_parameters()]).tolist()
+
+
 def pairs(count: int = 16, seed: int = 0) -> list[dict[str, str]]:
     chance = random.Random(seed)
 
