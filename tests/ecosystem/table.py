@@ -1,4 +1,4 @@
-"""The record as a table of docs/stacks.md."""
+"""The records as tables of docs/stacks.md."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import ROOT
+from tests.ecosystem import suites
 from tests.ecosystem.stacks import STACKS
 
 RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
 DOCUMENT = ROOT / "docs" / "stacks.md"
-MARKED = re.compile(r"(<!-- ecosystem -->\n).*?(<!-- /ecosystem -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (ecosystem|trl-suites) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 HEADER = ("stack", "objective", "losses differ", "gradient norms differ", "products a call", "full logits for")
 
 UNCALLED = {True: "trainer's patch", False: "head not called"}
 
 
-def load() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+def load(path: Path = RECORD) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def render(*, write: bool = True, document: Path = DOCUMENT) -> bool:
-    """Put the record into the document; whether the document said something else."""
+    """Put the records into the document; whether the document said something else."""
     text = document.read_text()
-    filled = MARKED.sub(lambda match: f"{match[1]}{table(load())}{match[2]}", text)
+    tables = {"ecosystem": table(load()), "trl-suites": suites.table(load(suites.RECORD))}
+    filled = MARKED.sub(lambda match: f"{match[1]}{tables[match[2]]}{match[3]}", text)
     if write and filled != text:
         document.write_text(filled)
     return filled != text

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.ecosystem import suites
 from tests.ecosystem.compare import compare
 from tests.ecosystem.stacks import STACKS
 from tests.ecosystem.table import load, render
@@ -23,6 +24,45 @@ def test_the_record_holds_every_stack_and_no_disagreement() -> None:
         for objective, run in found["runs"].items():
             assert run["disagrees"] is None, (name, objective)
             assert not run.get("refusals"), (name, objective)
+
+
+def test_what_passes_trls_suites_stock_passes_fused() -> None:
+    record = load(suites.RECORD)
+    assert list(record) == list(suites.TAGS)
+    for name, found in record.items():
+        assert list(found["suites"]) == list(suites.SUITES)
+        for suite, run in found["suites"].items():
+            assert run["passed_stock"], (name, suite)
+            assert not run["failed_fused"], (name, suite)
+            assert not run.get("patched", {}).get("failed"), (name, suite)
+            assert ("patched" in run) == (suite in suites.PATCHED)
+
+
+def outcomes(lazy: int = 0, patched: int = 0, **of: str) -> dict[str, Any]:
+    more = {"lazy": lazy, "patched": patched, "full": ["eq (loss.py:3)"] if lazy else [], "refusals": []}
+    tests = {
+        f"tests/t.py::T::{name}": {"outcome": outcome, "reason": "\nwhy\nmore", **more} for name, outcome in of.items()
+    }
+    return {"tests": tests, "slow": 2}
+
+
+def test_suites_are_compared_by_what_passes_stock() -> None:
+    stock = outcomes(a="passed", b="passed", c="failed", d="skipped", e="passed")
+    fused = outcomes(lazy=1, a="passed", b="failed", c="passed", d="skipped")
+    patched = outcomes(patched=1, a="passed", b="passed", e="failed")
+    assert suites.judge(stock, fused, patched) == {
+        "collected": 5,
+        "passed_stock": 3,
+        "passed_fused": 1,
+        "failed_fused": {"b": "why", "e": "it was not run"},
+        "lazy": 2,
+        "full": ["eq (loss.py:3)"],
+        "refusals": [],
+        "failed_stock": {"c": "why"},
+        "skipped": {"why": 1},
+        "slow": 2,
+        "patched": {"passed": 2, "failed": {"e": "why"}, "fused_by_trainer": 3},
+    }
 
 
 def history(*losses: float, **others: float) -> dict[str, Any]:

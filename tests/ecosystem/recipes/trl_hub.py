@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -54,11 +53,12 @@ TOKENS: dict[str, dict[str, str]] = {
     "Glm4Moe": {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "T5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
-MARKERS = (
-    "<|im_start|> <|start_header_id|> <|end_header_id|> <|start|> <|end|> <|message|> <|channel|> <|call|> <|user|> "
-    "<|assistant|> <start_of_turn> <end_of_turn> <|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> [INST] [/INST] "
-    "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think>"
-).split()
+MARKERS = [
+    *("<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
+    *("<|call|>", "<|user|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>", "<|START_OF_TURN_TOKEN|>", "[INST]"),
+    *("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "[/INST]", "<think>", "</think>"),
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+]
 WITHOUT_TEMPLATE = ("GPTNeoX", "T5")
 # TRL's own name of the template of each, where its version has one.
 TEMPLATES = {
@@ -103,7 +103,8 @@ def write_data(source: Path, home: Path) -> None:
     for name in DATA:
         script = source / "scripts" / f"generate_{name}_dataset.py"
         spec = importlib.util.spec_from_file_location(script.stem, script)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
@@ -124,7 +125,7 @@ def of_family(table: dict[str, Any], family: str, otherwise: Any) -> Any:
     return max(((key, value) for key, value in table.items() if family.startswith(key)), default=("", otherwise))[1]
 
 
-def template(source: Path, name: str, family: str) -> str | None:
+def template(source: Path, family: str) -> str | None:
     if family in WITHOUT_TEMPLATE:
         return None
     theirs = of_family(TEMPLATES, family, "")
@@ -138,7 +139,7 @@ def template(source: Path, name: str, family: str) -> str | None:
     return getattr(module, f"{theirs}_chat_template", PLAIN)
 
 
-def tokenizer(source: Path, name: str, family: str) -> transformers.PreTrainedTokenizerFast:
+def tokenizer(source: Path, family: str) -> transformers.PreTrainedTokenizerFast:
     special = of_family(TOKENS, family, CHATML)
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -156,7 +157,7 @@ def tokenizer(source: Path, name: str, family: str) -> transformers.PreTrainedTo
         pattern = " ".join([*(token for token, _ in first), "$A", *(token for token, _ in last)])
         words.post_processor = processors.TemplateProcessing(single=pattern, pair=None, special_tokens=[*first, *last])
     found = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    found.chat_template = template(source, name, family)
+    found.chat_template = template(source, family)
     found.model_input_names = ["input_ids", "attention_mask"]
     return found
 
@@ -167,11 +168,13 @@ def write_model(source: Path, home: Path, name: str, kind: str, family: str) -> 
     snapshot.mkdir(parents=True, exist_ok=True)
     (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text(REVISION)
-    words = tokenizer(source, name, family)
+    words = tokenizer(source, family)
     words.save_pretrained(snapshot)
     torch.manual_seed(0)
     class_ = getattr(transformers, kind)
-    sizes = {} if family == "T5" else SIZES if kind.endswith("CausalLM") else {**SIZES, "hidden_size": 16, "num_labels": 1}
+    sizes = (
+        {} if family == "T5" else SIZES if kind.endswith("CausalLM") else {**SIZES, "hidden_size": 16, "num_labels": 1}
+    )
     ids = {f"{which}_token_id": getattr(words, f"{which}_token_id") for which in ("bos", "eos", "pad")}
     config = class_.config_class(vocab_size=len(words), **sizes, **of_family(MORE, family, {}), **ids)
     model = class_(config)

@@ -30,6 +30,7 @@ if FUSED:
         integrations.patch_trl()
 
 _tests: dict[str, dict[str, Any]] = {}
+_slow: list[str] = []
 
 
 class _Said(logging.Handler):
@@ -45,6 +46,11 @@ _said = _Said()
 logging.getLogger("orpo_kernels").addHandler(_said)
 
 
+def _full(found: Any) -> str:
+    """The operation that needed all logits, and the last two parts of the path of the line it stands on."""
+    return f"{found.operation} ({'/'.join(found.where.split('/')[-2:])})"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     """Each test alone decides what it draws, whichever ran before it."""
@@ -58,8 +64,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
         reports = [report for _, report in heads.reports()[met:]]
         found["lazy"] = sum(report.calls for report in reports)
         found["patched"] = _said.count - said
-        found["full"] = sorted({f"{each.operation} ({each.where.split('site-packages/')[-1].split('/trl/trl/')[-1]})"
-                                for report in reports for each in report.materialised})
+        found["full"] = sorted({_full(each) for report in reports for each in report.materialised})
         found["refusals"] = sorted({report.refusal for report in reports if report.refusal})
     return result
 
@@ -78,7 +83,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         found["reason"] = crash.message if crash else str(report.longrepr)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")}
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _slow.extend(item.nodeid for item in items)
+
+
+def pytest_sessionfinish() -> None:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     with open(os.environ["TRL_SUITE_OUTPUT"], "w") as file:
-        json.dump({"versions": versions, "tests": _tests}, file, indent=1)
+        json.dump({"versions": versions, "tests": _tests, "slow": len(_slow)}, file, indent=1)
