@@ -1,7 +1,8 @@
 """Make a stack's environment, train in it stock and fused, and record how the two agree.
 
 usage: python -m tests.ecosystem [--again] [NAME ...]      NAMEs as in stacks.py; without any, all of them
-       python -m tests.ecosystem trl-suite [--source CLONE] [NAME ...]     TRL's own tests, of the versions in suites.py
+       python -m tests.ecosystem trl-suite [--source CLONE] [--minutes N] [NAME ...]
+                                                           TRL's own tests, of the versions in suites.py
        python -m tests.ecosystem render                    write docs/stacks.md's tables from the records
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ecosystem", description=__doc__.partition("\n")[0])
     parser.add_argument("--again", action="store_true", help="install anew what is installed")
     parser.add_argument("--source", default=suites.REPOSITORY, help="for trl-suite: a clone of TRL's repository")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for trl-suite: bound on a suite's stock run")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"render, or of {', '.join(STACKS)} (default: all)")
     options = parser.parse_args()
     if options.names == ["render"]:
@@ -50,7 +53,7 @@ def main() -> int:
         names = options.names[1:] or list(suites.TAGS)
         if unknown := set(names) - set(suites.TAGS):
             parser.error(f"no such version: {', '.join(sorted(unknown))}; there are {', '.join(suites.TAGS)}")
-        return trl_suites(names, options.source, again=options.again)
+        return trl_suites(names, options.source, options.minutes, again=options.again)
     if unknown := set(options.names) - set(STACKS):
         parser.error(f"no such stack: {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
     agree, at = True, commit()  # before the record and the document change
@@ -63,13 +66,13 @@ def main() -> int:
     return 0 if agree else 1
 
 
-def trl_suites(names: Iterable[str], source: str, *, again: bool) -> int:
+def trl_suites(names: Iterable[str], source: str, minutes: float, *, again: bool) -> int:
     """Run TRL's suites and record them; 1 where a test that passes stock fails fused."""
     agree, at = True, commit()
     for name in names:
         python = install(name, STACKS[name], again=again)
         command([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *suites.NEEDS])
-        found = {"date": today(), "commit": at, **suites.run(python, ENVIRONMENTS / name, name, source)}
+        found = {"date": today(), "commit": at, **suites.run(python, ENVIRONMENTS / name, name, source, minutes)}
         keep(suites.RECORD, suites.TAGS, name, found)
         for suite, each in found["suites"].items():
             wrong = {**each["failed_fused"], **each.get("patched", {}).get("failed", {})}

@@ -18,10 +18,11 @@ TAGS = {"trl-0.24": "v0.24.0", "trl-0.29": "v0.29.1", "trl-1.9": "v1.9.0"}  # of
 SUITES = ("orpo", "cpo", "dpo", "kto", "sft", "grpo")
 PATCHED = ("orpo",)  # whose trainer has a patch of its own, with which the suite runs once more
 NEEDS = ("pytest", "parameterized", "pytest-datadir", "pytest-rerunfailures")  # in the environment, beside the stack
+PYTEST = ("-m", "pytest", "-p", "trl_suite", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not slow")
 HEADER = ("TRL", "suite", "pass stock", "of these fused", "call a fused head", "full logits for", "not compared")
 
 
-def run(python: Path, folder: Path, name: str, source: str) -> dict[str, Any]:
+def run(python: Path, folder: Path, name: str, source: str, minutes: float) -> dict[str, Any]:
     """Every suite of one version, with the Python of its environment; what is made for them lies beside ``folder``.
 
     Args:
@@ -29,14 +30,15 @@ def run(python: Path, folder: Path, name: str, source: str) -> dict[str, Any]:
         folder: of the environment.
         name: a key of ``TAGS``.
         source: a clone of TRL's repository with its tags, or where git finds one.
+        minutes: after which a suite begins no other test stock; the fused runs are of the tests that passed.
 
     Raises:
         CalledProcessError: there is no such tag, or the stand-ins for the hub could not be written.
     """
-    checkout, hub, output = (folder.parent / f"{name}-{what}" for what in ("source", "hub", "output.json"))
+    checkout, hub, output = (folder.with_name(f"{name}-{what}") for what in ("source", "hub", "output.json"))
     if not checkout.exists():
-        line = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", TAGS[name]]
-        subprocess.run([*line, source, str(checkout)], check=True)
+        clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", TAGS[name]]
+        subprocess.run([*clone, source, str(checkout)], check=True)
     environ = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -49,32 +51,28 @@ def run(python: Path, folder: Path, name: str, source: str) -> dict[str, Any]:
     }
     if not hub.exists():
         subprocess.run([str(python), str(RECIPES / "trl_hub.py"), str(checkout), str(hub)], env=environ, check=True)
-    pytest = [
-        str(python),
-        "-m",
-        "pytest",
-        "-p",
-        "trl_suite",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--tb=short",
-        "-m",
-        "not slow",
-    ]
+    line = [str(python), *PYTEST]
     found: dict[str, Any] = {"versions": {}, "suites": {}}
     for suite in SUITES:
         tests = checkout / "tests"
         homes = [home / f"test_{suite}_trainer.py" for home in (tests, tests / "experimental")]
         file = next(home for home in homes if home.exists())
-        runs: dict[str, Any] = {}
-        for how in ("", "lazy", *(["patch"] if suite in PATCHED else [])):
-            output.unlink(missing_ok=True)
-            # Failed tests are what is recorded, so pytest's exit code says nothing; a record that is not there does.
-            subprocess.run([*pytest, str(file)], cwd=checkout, env={**environ, "TRL_SUITE_FUSED": how}, check=False)
-            runs[how] = json.loads(output.read_text())
+        runs = {"": _pytest(line, [str(file)], environ | {"TRL_SUITE_SECONDS": str(60 * minutes)}, "")}
+        passed = [test for test, of in runs[""]["tests"].items() if of["outcome"] == "passed"]
+        for how in ("lazy", *(["patch"] if suite in PATCHED else [])):
+            runs[how] = _pytest(line, passed, environ, how)
         found["versions"] = {"trl": TAGS[name].removeprefix("v"), **runs[""]["versions"]}
         found["suites"][suite] = judge(runs[""], runs["lazy"], runs.get("patch"))
+    return found
+
+
+def _pytest(line: list[str], tests: list[str], environ: dict[str, str], how: str) -> dict[str, Any]:
+    """What the plugin wrote of these tests."""
+    output, checkout = Path(environ["TRL_SUITE_OUTPUT"]), environ["PYTHONPATH"].partition(os.pathsep)[0]
+    output.unlink(missing_ok=True)
+    # Failed tests are what is recorded, so pytest's exit code says nothing; a record that is not there does.
+    subprocess.run([*line, *tests], cwd=checkout, env={**environ, "TRL_SUITE_FUSED": how}, check=False)
+    found: dict[str, Any] = json.loads(output.read_text())
     return found
 
 
@@ -84,7 +82,7 @@ def judge(stock: dict[str, Any], fused: dict[str, Any], patched: dict[str, Any] 
     passed = [name for name, test in tests.items() if test["outcome"] == "passed"]
     ran = [fused["tests"][name] for name in passed if name in fused["tests"]]
     found = {
-        "collected": len(tests),
+        "collected": len(tests) + stock["unreached"],
         "passed_stock": len(passed),
         "passed_fused": len(passed) - len(failed(passed, fused)),
         "failed_fused": failed(passed, fused),
@@ -94,6 +92,7 @@ def judge(stock: dict[str, Any], fused: dict[str, Any], patched: dict[str, Any] 
         "failed_stock": {_name(name): _reason(test) for name, test in tests.items() if test["outcome"] == "failed"},
         "skipped": dict(Counter(_reason(test) for test in tests.values() if test["outcome"] == "skipped")),
         "slow": stock["slow"],
+        "unreached": stock["unreached"],
     }
     if patched is not None:
         found["patched"] = {

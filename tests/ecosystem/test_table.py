@@ -43,7 +43,7 @@ def outcomes(lazy: int = 0, patched: int = 0, **of: str) -> dict[str, Any]:
     tests = {
         f"tests/t.py::T::{name}": {"outcome": outcome, "reason": "\nwhy\nmore", **more} for name, outcome in of.items()
     }
-    return {"tests": tests, "slow": 2}
+    return {"tests": tests, "slow": 2, "unreached": 1}
 
 
 def test_suites_are_compared_by_what_passes_stock() -> None:
@@ -51,7 +51,7 @@ def test_suites_are_compared_by_what_passes_stock() -> None:
     fused = outcomes(lazy=1, a="passed", b="failed", c="passed", d="skipped")
     patched = outcomes(patched=1, a="passed", b="passed", e="failed")
     assert suites.judge(stock, fused, patched) == {
-        "collected": 5,
+        "collected": 6,
         "passed_stock": 3,
         "passed_fused": 1,
         "failed_fused": {"b": "why", "e": "it was not run"},
@@ -61,6 +61,7 @@ def test_suites_are_compared_by_what_passes_stock() -> None:
         "failed_stock": {"c": "why"},
         "skipped": {"why": 1},
         "slow": 2,
+        "unreached": 1,
         "patched": {"passed": 2, "failed": {"e": "why"}, "fused_by_trainer": 3},
     }
 

@@ -1,7 +1,7 @@
 """A plugin of pytest: fuse every model, if asked to, and write what became of each test and of its models' heads.
 
-It takes TRL_SUITE_OUTPUT, a path, and TRL_SUITE_FUSED: "", "lazy" for lazy logits, or "patch" for the trainers' patches
-and lazy logits together, as the launcher has them.
+It takes TRL_SUITE_OUTPUT, a path; TRL_SUITE_FUSED: "", "lazy" for lazy logits, or "patch" for the trainers' patches and
+lazy logits together, as the launcher has them; and TRL_SUITE_SECONDS, after which no other test begins.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import time
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ if FUSED:
 
 _tests: dict[str, dict[str, Any]] = {}
 _slow: list[str] = []
+_end = time.monotonic() + float(os.environ.get("TRL_SUITE_SECONDS", "inf"))
 
 
 class _Said(logging.Handler):
@@ -66,6 +68,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
         found["patched"] = _said.count - said
         found["full"] = sorted({_full(each) for report in reports for each in report.materialised})
         found["refusals"] = sorted({report.refusal for report in reports if report.refusal})
+    if time.monotonic() > _end:
+        item.session.shouldstop = "the time for this suite is over"
     return result
 
 
@@ -87,7 +91,12 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     _slow.extend(item.nodeid for item in items)
 
 
-def pytest_sessionfinish() -> None:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    found = {
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "tests": _tests,
+        "slow": len(_slow),
+        "unreached": len(session.items) - len(_tests),
+    }
     with open(os.environ["TRL_SUITE_OUTPUT"], "w") as file:
-        json.dump({"versions": versions, "tests": _tests, "slow": len(_slow)}, file, indent=1)
+        json.dump(found, file, indent=1)
