@@ -8,7 +8,6 @@ same class and sizes, weights as TRL's scripts draw them, a vocabulary learned f
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import sys
@@ -73,6 +72,7 @@ TEMPLATES = {
     "Glm4Moe": "glm4moe",
 }
 PLAIN = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ (message['content'] or '') + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -128,15 +128,8 @@ def of_family(table: dict[str, Any], family: str, otherwise: Any) -> Any:
 def template(source: Path, family: str) -> str | None:
     if family in WITHOUT_TEMPLATE:
         return None
-    theirs = of_family(TEMPLATES, family, "")
-    file = source / "trl" / "chat_templates" / f"{theirs}.jinja"
-    if theirs and file.exists():
-        return file.read_text()
-    try:
-        module = importlib.import_module("trl.chat_template_utils")
-    except ImportError:
-        return PLAIN
-    return getattr(module, f"{theirs}_chat_template", PLAIN)
+    file = source / "trl" / "chat_templates" / f"{of_family(TEMPLATES, family, 'none')}.jinja"
+    return file.read_text() if file.exists() else PLAIN
 
 
 def tokenizer(source: Path, family: str) -> transformers.PreTrainedTokenizerFast:
@@ -156,9 +149,10 @@ def tokenizer(source: Path, family: str) -> transformers.PreTrainedTokenizerFast
     if first or last:
         pattern = " ".join([*(token for token, _ in first), "$A", *(token for token, _ in last)])
         words.post_processor = processors.TemplateProcessing(single=pattern, pair=None, special_tokens=[*first, *last])
-    found = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    found = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, model_input_names=["input_ids", "attention_mask"], **special
+    )
     found.chat_template = template(source, family)
-    found.model_input_names = ["input_ids", "attention_mask"]
     return found
 
 
