@@ -246,13 +246,18 @@ def _broadcast_tensors(*tensors: Any) -> Any:
     return tuple(tensor if isinstance(tensor, LazyLogits) else tensor.expand(shape) for tensor in tensors)
 
 
+def _index(items: list[Any], device: torch.device) -> Tensor:
+    """A list of places as a tensor; an empty one is of integers too, where a tensor of nothing would be floats."""
+    return torch.as_tensor(items, device=device) if items else torch.empty(0, dtype=torch.long, device=device)
+
+
 @handles("__getitem__")
 def _getitem(x: Any, index: Any) -> Any:
     if not isinstance(x, LazyLogits) or x.view_of.vocab_dim != -1:
         return NotImplemented
     view = x.view_of
     items = list(index) if isinstance(index, tuple) else [index]
-    items = [torch.as_tensor(item, device=x.device) if isinstance(item, list) else item for item in items]
+    items = [_index(item, x.device) if isinstance(item, list) else item for item in items]
     if any(isinstance(item, LazyLogits) for item in items):
         return NotImplemented
 

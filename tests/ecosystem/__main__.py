@@ -2,6 +2,8 @@
 
 usage: python -m tests.ecosystem [--again] [--check] [NAME ...]    NAMEs as in stacks.py; without any, all of them
        python -m tests.ecosystem matrix                            the versions of TRL among them
+       python -m tests.ecosystem trl-suite [--source CLONE] [--minutes N] [NAME ...]
+                                                           TRL's own tests, of the versions in suites.py
        python -m tests.ecosystem render                            write docs/stacks.md's tables from the record
 """
 
@@ -9,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import ROOT, commit, today
+from tests.ecosystem import suites
 from tests.ecosystem.compare import compare
 from tests.ecosystem.stacks import MATRIX, STACKS, Stack
 from tests.ecosystem.table import RECORD, load, render
@@ -39,6 +44,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ecosystem", description=__doc__.partition("\n")[0])
     parser.add_argument("--again", action="store_true", help="install anew what is installed")
     parser.add_argument("--check", action="store_true", help="record nothing, and fail where a stack does not run")
+    parser.add_argument("--source", default=suites.REPOSITORY, help="for trl-suite: a clone of TRL's repository")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for trl-suite: bound on a suite's stock run")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"render, matrix, or of {', '.join(STACKS)} (default: all)"
     )
@@ -46,6 +53,11 @@ def main() -> int:
     if options.names == ["render"]:
         render()
         return 0
+    if options.names[:1] == ["trl-suite"]:
+        names = options.names[1:] or list(suites.TAGS)
+        if unknown := set(names) - set(suites.TAGS):
+            parser.error(f"no such version: {', '.join(sorted(unknown))}; there are {', '.join(suites.TAGS)}")
+        return trl_suites(names, options.source, options.minutes, again=options.again)
     names = [name for given in options.names or STACKS for name in (MATRIX if given == "matrix" else [given])]
     if unknown := set(names) - set(STACKS):
         parser.error(f"no such stack: {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
@@ -53,17 +65,36 @@ def main() -> int:
     for name in names:
         found = {"date": today(), "commit": at, **run(name, STACKS[name], again=options.again)}
         if not options.check:
-            every = load()
-            every[name] = found
-            RECORD.parent.mkdir(parents=True, exist_ok=True)
-            RECORD.write_text(json.dumps({key: every[key] for key in STACKS if key in every}, indent=1) + "\n")
-            render()
+            keep(RECORD, STACKS, name, found)
         wrong = [f"{key}: {each['disagrees']}" for key, each in found["runs"].items() if each["disagrees"]]
         if options.check:
             wrong += [found["reason"]] if "reason" in found else []
         print(f"{name}: {found.get('reason') or wrong or 'agrees'}", flush=True)
         agree = agree and not wrong
     return 0 if agree else 1
+
+
+def trl_suites(names: Iterable[str], source: str, minutes: float, *, again: bool) -> int:
+    """Run TRL's suites and record them; 1 where a test that passes stock fails fused."""
+    agree, at = True, commit()
+    for name in names:
+        python = install(name, STACKS[name], again=again)
+        command([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *suites.NEEDS])
+        found = {"date": today(), "commit": at, **suites.run(python, ENVIRONMENTS / name, name, source, minutes)}
+        keep(suites.RECORD, suites.TAGS, name, found)
+        for suite, each in found["suites"].items():
+            wrong = {**each["failed_fused"], **each.get("patched", {}).get("failed", {})}
+            print(f"{name}, {suite}: {wrong or 'what passes stock passes fused'}", flush=True)
+            agree = agree and not wrong
+    return 0 if agree else 1
+
+
+def keep(record: Path, order: Iterable[str], name: str, found: dict[str, Any]) -> None:
+    """Put what was found into a record, and the record into the document."""
+    every = {**load(record), name: found}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({key: every[key] for key in order if key in every}, indent=1) + "\n")
+    render()
 
 
 def run(name: str, stack: Stack, *, again: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The record as two tables of docs/stacks.md: each run of each stack, and what agrees in each version of TRL."""
+"""The records as tables of docs/stacks.md: runs of stacks, versions of TRL, TRL's own tests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import ROOT
+from tests.ecosystem import suites
 from tests.ecosystem.stacks import MATRIX, STACKS
 
 RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
 DOCUMENT = ROOT / "docs" / "stacks.md"
-MARKED = re.compile(r"(<!-- (ecosystem|matrix) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (ecosystem|matrix|trl-suites) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 HEADER = ("stack", "objective", "losses differ", "gradient norms differ", "products a call", "full logits for")
 # A column of the matrix, and the runs of which the worst is shown, or the first that called its head.
 COLUMNS = {
@@ -28,15 +29,15 @@ COLUMNS = {
 UNCALLED = {True: "trainer's patch", False: "head not called"}
 
 
-def load() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+def load(path: Path = RECORD) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def render(*, write: bool = True, document: Path = DOCUMENT) -> bool:
-    """Put the record into the document; whether the document said something else."""
+    """Put the records into the document; whether the document said something else."""
     text = document.read_text()
-    written = {"ecosystem": table(load()), "matrix": matrix(load())}
+    written = {"ecosystem": table(load()), "matrix": matrix(load()), "trl-suites": suites.table(load(suites.RECORD))}
     filled = MARKED.sub(lambda match: f"{match[1]}{written[match[2]]}{match[3]}", text)
     if write and filled != text:
         document.write_text(filled)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orpo_kernels.integrations import TESTED
+from tests.ecosystem import suites
 from tests.ecosystem.compare import compare
 from tests.ecosystem.stacks import MATRIX, STACKS
 from tests.ecosystem.table import load, matrix, render
@@ -69,6 +70,46 @@ def test_a_cell_of_the_matrix_is_the_worst_difference() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:5] == ["0.12.2", "4.46.3", "2.9.1", "not run", "3e-06"]
     assert cells[5:9] == ["head not called", "**figures differ: loss by 1.0e+00**", "not run", "no trainer"]
+
+
+def test_what_passes_trls_suites_stock_passes_fused() -> None:
+    record = load(suites.RECORD)
+    assert record
+    assert set(record) <= set(suites.TAGS)
+    for name, found in record.items():
+        assert set(found["suites"]) <= set(suites.SUITES)
+        for suite, run in found["suites"].items():
+            assert run["passed_stock"], (name, suite)
+            assert not run["failed_fused"], (name, suite)
+            assert not run.get("patched", {}).get("failed"), (name, suite)
+
+
+def outcomes(lazy: int = 0, patched: int = 0, **of: str) -> dict[str, Any]:
+    more = {"lazy": lazy, "patched": patched, "full": ["eq (loss.py:3)"] if lazy else [], "refusals": []}
+    tests = {
+        f"tests/t.py::T::{name}": {"outcome": outcome, "reason": "\nwhy\nmore", **more} for name, outcome in of.items()
+    }
+    return {"tests": tests, "slow": 2, "unreached": 1}
+
+
+def test_suites_are_compared_by_what_passes_stock() -> None:
+    stock = outcomes(a="passed", b="passed", c="failed", d="skipped", e="passed")
+    fused = outcomes(lazy=1, a="passed", b="failed", c="passed", d="skipped")
+    patched = outcomes(patched=1, a="passed", b="passed", e="failed")
+    assert suites.judge(stock, fused, patched) == {
+        "collected": 6,
+        "passed_stock": 3,
+        "passed_fused": 1,
+        "failed_fused": {"b": "why", "e": "it was not run"},
+        "lazy": 2,
+        "full": ["eq (loss.py:3)"],
+        "refusals": [],
+        "failed_stock": {"c": "why"},
+        "skipped": {"why": 1},
+        "slow": 2,
+        "unreached": 1,
+        "patched": {"passed": 2, "failed": {"e": "why"}, "fused_by_trainer": 3},
+    }
 
 
 def history(*losses: float, **others: float) -> dict[str, Any]:

@@ -116,6 +116,9 @@ INDICES: dict[str, Any] = {
     "position kept": (slice(None), slice(-1, None)),
     "list of sequences": [2, 0],
     "list with repeats": [2, 2, 0],
+    "empty list": [],
+    "empty list and ellipsis": ([], ...),  # a batch without rejected answers, in TRL 0.24's KTO
+    "empty vocabulary list": (..., []),
     "list and slice": ([0, 2], slice(1, 4)),
     "two lists": ([0, 2], [3, 4]),
     "lists apart": ([0, 2], slice(None), [3, 4]),
