@@ -45,29 +45,35 @@ def cells_of(item: pytest.Item) -> list[str]:
     return found
 
 
-def measured() -> list[dict[str, object]]:
-    """Run the marked tests: every cell with its outcome and the number of tests that showed it.
+def ran(xml: Path) -> None:
+    """Run the marked tests, and write what became of them as pytest's ``--junitxml`` does.
 
     Raises:
         RuntimeError: one of them failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder) / "works.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "works", "-n", "2", "-q", f"--junitxml={xml}"]
-        ran = subprocess.run(command, cwd=DOCS.parent, check=False)
-        if ran.returncode:
-            raise RuntimeError(f"a test behind the table failed (status {ran.returncode}): nothing is recorded")
-        cases = ElementTree.parse(xml).getroot().iter("testcase")
+    command = [sys.executable, "-m", "pytest", "-m", "works", "-n", "2", "-q", f"--junitxml={xml}"]
+    status = subprocess.run(command, cwd=DOCS.parent, check=False).returncode
+    if status:
+        raise RuntimeError(f"a test behind the table failed (status {status}): nothing is recorded")
+
+
+def measured(xml: Path) -> list[dict[str, object]]:
+    """Every cell of a run of tests, with its outcome and the number of tests that showed it.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
     rows = []
-    for case in cases:
+    for case in ElementTree.parse(xml).getroot().iter("testcase"):
+        named = [each.get("value", "") for each in case.iter("property") if each.get("name") == "works"]
+        if named and (case.find("failure") is not None or case.find("error") is not None):
+            raise RuntimeError(f"{case.get('classname')}.{case.get('name')} failed: nothing is recorded")
         if case.find("skipped") is None:
-            named = [each.get("value", "") for each in case.iter("property") if each.get("name") == "works"]
             rows += [(*cell.split(" | "), f"{case.get('classname')}") for cell in named]
     frame = pandas.DataFrame(rows, columns=["what", "by", "outcome", "module"])
-    cells = frame.groupby(["what", "by", "outcome"], sort=False).agg(
-        tests=("module", "size"), module=("module", "first")
-    )
-    found: list[dict[str, object]] = cells.reset_index().sort_values(["module", "what"]).to_dict("records")
+    of_cell = frame.groupby(["what", "by", "outcome"], sort=False)
+    cells = of_cell.agg(tests=("module", "size"), module=("module", "first")).reset_index()
+    found: list[dict[str, object]] = cells.sort_values(["module", "what"]).to_dict("records")
     return found
 
 
@@ -86,8 +92,14 @@ def rendered(record: dict[str, object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--render", action="store_true", help="write the table from the record alone")
-    if not parser.parse_args().render:
-        record = {"versions": {name: version(name) for name in PACKAGES}, "cells": measured()}
+    parser.add_argument("--xml", type=Path, help="record a run of all tests that pytest --junitxml wrote, and run none")
+    options = parser.parse_args()
+    if not options.render:
+        with tempfile.TemporaryDirectory() as folder:
+            xml = options.xml or Path(folder) / "works.xml"
+            if options.xml is None:
+                ran(xml)
+            record = {"versions": {name: version(name) for name in PACKAGES}, "cells": measured(xml)}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     text = rendered(json.loads(RECORD.read_text()))
     TABLE.write_text(MARKED.sub(lambda found: found[1] + text + found[2], TABLE.read_text()))
