@@ -13,7 +13,7 @@ PEERS := build/peers
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint types bench ecosystem compile gpu tune wheelhouse clean
+.PHONY: help install demo test quick lint types bench ecosystem matrix compile kernels gpu tune wheelhouse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,8 +52,15 @@ bench: install  ## record this machine's figures under benchmarks/results/ and p
 ecosystem: install  ## train real stacks (TRL versions, LLaMA-Factory, ms-swift, ...) stock and fused, and record how they agree
 	$(PY) -m tests.ecosystem $(ARGS)
 
+# Nine environments, 17 GB; the one with torch 2.9 brings CUDA along.
+matrix: install  ## the same for each version of TRL that is tested, from 0.12 to the newest
+	$(PY) -m tests.ecosystem matrix $(ARGS)
+
 compile: install  ## compile every kernel for chips that need not be there
 	$(PY) -m benchmarks compile $(ARGS)
+
+kernels: install  ## write the package as a kernel repository for Hugging Face's `kernels`, into build/hub-kernel
+	$(PY) -m tools.hub_kernel $(ARGS)
 
 # Says which modules GPU_PYTHON lacks, where a traceback would be about the first of them alone.
 define needs

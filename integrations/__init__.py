@@ -1,26 +1,31 @@
 """Ways into scripts as they are: any model's head made lazy (``lazy``), and patches for trainers.
 
 A patch has a module of its own, and all are known here: a new trainer is one module over ``trainer.py`` with a
-``PATCH``, and one line in ``TRAINERS``.
+``PATCH``, and one line in ``TRAINERS``. The patch of Liger's loss is asked for by name alone, in ``liger.py``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "TESTED",
     "TRAINERS",
     "fuse",
     "fusion_report",
+    "patch_liger",
     "patch_transformers",
     "patch_trl",
     "patched_trl",
     "unfuse",
+    "unpatch_liger",
     "unpatch_transformers",
     "unpatch_trl",
 ]
@@ -33,14 +38,18 @@ if TYPE_CHECKING:
         unfuse,
         unpatch_transformers,
     )
+    from orpo_kernels.integrations.liger import patch_liger, unpatch_liger
 
-LAZY = ("fuse", "fusion_report", "patch_transformers", "unfuse", "unpatch_transformers")
+HOMES = {
+    **dict.fromkeys(("fuse", "fusion_report", "patch_transformers", "unfuse", "unpatch_transformers"), "lazy.heads"),
+    **dict.fromkeys(("patch_liger", "unpatch_liger"), "liger"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is asked for: a launcher must not import it before its script does."""
-    if name in LAZY:
-        return getattr(importlib.import_module("orpo_kernels.integrations.lazy.heads"), name)
+    if name in HOMES:
+        return getattr(importlib.import_module(f"orpo_kernels.integrations.{HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -100,21 +109,45 @@ class Trainer:
         self.load().apply(Settings.chosen(backend, workspace_bytes))
 
 
-TRL = Trainer(
+TRL_ORPO = Trainer(
     "trl",
-    "0.24",
+    "0.12",
     ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer"),
     "ORPOTrainer",
-    "orpo_kernels.integrations.trl",
+    "orpo_kernels.integrations.trl_orpo",
 )
-TRAINERS = (TRL,)
+TRL_CPO = Trainer(
+    "trl",
+    "0.12",
+    ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer"),
+    "CPOTrainer",
+    "orpo_kernels.integrations.trl_cpo",
+)
+LLAMA_FACTORY = Trainer(
+    "llamafactory",
+    "0.9.5",
+    ("llamafactory.train.dpo.trainer",),
+    "CustomDPOTrainer",
+    "orpo_kernels.integrations.llamafactory",
+)
+TRL = (TRL_ORPO, TRL_CPO)
+# The oldest and the newest version of what patches and lazy logits were tried with: the record in docs/stacks.md.
+TESTED = {"torch": ("2.9", "2.13"), "transformers": ("4.46", "5.24"), "trl": ("0.12", "1.16")}
+TRAINERS = (*TRL, LLAMA_FACTORY)
+LIGER = Trainer(
+    "liger-kernel",
+    "0.8.5",
+    ("liger_kernel.chunked_loss.orpo_loss",),
+    "LigerFusedLinearORPOLoss",
+    "orpo_kernels.integrations.liger",
+)
 
 
 def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:
-    """Make TRL's ``ORPOTrainer`` and its subclasses compute their loss without full logits.
+    """Make TRL's ``ORPOTrainer`` and ``CPOTrainer`` and their subclasses compute their loss without full logits.
 
-    Works before or after the class was imported and for trainers that exist already. Patching twice is patching once,
-    with the settings of the second.
+    Works before or after the classes were imported and for trainers that exist already. Patching twice is patching
+    once, with the settings of the second. If one of the two is not there or not known, a warning says so.
 
     Args:
         backend: "auto" or a backend's name, as in ``orpo_loss``; None takes the environment's ``ORPO_KERNELS_BACKEND``,
@@ -122,27 +155,49 @@ def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None)
         workspace_bytes: as in ``orpo_loss``; None takes ``ORPO_KERNELS_WORKSPACE_BYTES``, else the default.
 
     Raises:
-        ImportError: trl is missing or has no ORPOTrainer this package knows; the message says what would help.
+        ImportError: trl is missing or has neither trainer in a form this package knows; the message says what would
+            help.
         ValueError: no such backend, or no such number of bytes.
     """
-    TRL.patch(backend, workspace_bytes)
+    known = _patches_of_trl()
+    for trainer, patch in known.items():
+        if isinstance(patch, ImportError):
+            if all(isinstance(other, ImportError) for other in known.values()):
+                raise patch
+            logging.getLogger("orpo_kernels").warning("orpo_kernels: leaves %s alone: %s", trainer.target, patch)
+        else:
+            trainer.patch(backend, workspace_bytes)
 
 
 def unpatch_trl() -> None:
-    """Give ``ORPOTrainer`` its own methods back. Without a patch nothing happens."""
-    TRL.load().undo()
+    """Give TRL's trainers their own methods back. Without a patch nothing happens."""
+    for trainer in TRL:
+        if trainer.integration in sys.modules:
+            trainer.load().undo()
 
 
 @contextmanager
 def patched_trl(*, backend: str | None = None, workspace_bytes: int | None = None) -> Iterator[None]:
     """``patch_trl`` for the length of a ``with`` block; a patch that was there before stays after it."""
-    patch = TRL.load()
-    before = patch.settings if patch.applied else None
+    patches = [patch for patch in _patches_of_trl().values() if not isinstance(patch, ImportError)]
+    before = [(patch, patch.settings if patch.applied else None) for patch in patches]
     patch_trl(backend=backend, workspace_bytes=workspace_bytes)
     try:
         yield
     finally:
-        if before is None:
-            patch.undo()
-        else:
-            patch.apply(before)
+        for patch, settings in before:
+            if settings is None:
+                patch.undo()
+            else:
+                patch.apply(settings)
+
+
+def _patches_of_trl() -> dict[Trainer, Any]:
+    """The patch of each of TRL's trainers, or the error that says why there is none."""
+    found: dict[Trainer, Any] = {}
+    for trainer in TRL:
+        try:
+            found[trainer] = trainer.load()
+        except ImportError as error:
+            found[trainer] = error
+    return found

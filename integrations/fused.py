@@ -1,15 +1,15 @@
 """One forward of a trainer's model with its head intercepted, and the loss or log-probabilities that come of it.
 
-A forward is one ordinary call of the trainer's model, so that DDP and DeepSpeed see one module call: the head is
-intercepted, the loss is computed where the hidden states are, and it leaves through the output's ``loss``. On the first
-batch of a model and its head the loss waits until the model's output is there, because that batch asks the model what
-it does to its logits (``hf_head.read``) and compares log-probabilities of a few tokens with the model's own.
+A forward is one ordinary call of the trainer's model, so that DDP, FSDP and DeepSpeed see one module call. The loss is
+computed in the head's own forward, where whatever shards its weight has gathered it; its gradient comes back through
+the head's output, so that whoever gathers the weight again for a backward is told; and it leaves through the output's
+``loss``. Before the first batch of a model and its head one call without gradients asks the model what it does to its
+logits (``hf_head.read``), and that batch compares log-probabilities of a few tokens with the model's own.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -18,23 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.engine import mean_logit
-from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, detour, fingerprint, probes, read
+from orpo_kernels.integrations.adapters import linear_head
+from orpo_kernels.integrations.detours import leave_nothing
+from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, fingerprint
+from orpo_kernels.integrations.intercept import Batch, Call, Question
 from orpo_kernels.integrations.trainer import Patch, Settings, Site, first, say
-from orpo_kernels.loss import OrpoOutput, explain, linear_logprobs, orpo_loss
+from orpo_kernels.loss import PreferenceOutput, logprobs_of_head, plan_of_head, preference_of_head
+from orpo_kernels.objectives import Objective
+from orpo_kernels.settings import Batch as Labels
 from orpo_kernels.settings import Head
-
-CHECKED_ROWS = 8
+from orpo_kernels.settings import Settings as CallSettings
 
 R = TypeVar("R")
-
-
-class Batch(NamedTuple):
-    """Sequences stacked chosen first, with labels shifted, so that ``labels[s, t]`` is what position t predicts."""
-
-    inputs: dict[str, Any]  # of the model
-    answer: Tensor  # [2P, T]
-    nll: Tensor  # [P, T]
-    ignore_index: int
 
 
 class Logprobs(NamedTuple):
@@ -42,7 +37,7 @@ class Logprobs(NamedTuple):
 
     answer: Tensor  # [2P, T]
     nll: Tensor  # [P, T]
-    logit_means: Tensor  # [2], chosen and rejected, over every position but the last, padding included
+    logit_means: Tensor  # [2], chosen and rejected, over all positions of ``Batch.averaged``
     lengths: Tensor  # [2P], answer tokens
     nll_tokens: Tensor  # []
 
@@ -65,27 +60,37 @@ class Work(NamedTuple, Generic[R]):
     plan: Callable[[Tensor, Head, Settings], object]  # says how it is computed
 
 
-def fused_orpo(
-    patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch, beta: float
-) -> tuple[OrpoOutput, Any] | str:
-    """The ORPO loss in one forward of ``model``, and the model's output: three products of the head's size.
+def fused_loss(
+    patch: Patch,
+    trainer: Any,
+    model: nn.Module,
+    site: Site,
+    batch: Batch,
+    objective: Objective,
+    nll_weight: float | None = None,
+    nll_reduction: str = "token",
+) -> tuple[PreferenceOutput, Any] | str:
+    """An objective's loss in one forward of ``model``, and the model's output: three products of the head's size.
 
-    Means of logits are over every position but the last, padding included, as TRL logs them. Where the model cannot be
-    fused, the reason.
+    Means of logits are over the positions of ``batch.averaged``, padding included, as TRL logs them. Where the model
+    cannot be fused, the reason.
 
     Raises:
         RuntimeError: a later batch takes another way through the model than the one that was checked, or the model's
             own log-probabilities differ.
     """
-    own: dict[str, Any] = {"labels": batch.answer, "nll_labels": batch.nll, "beta": beta}
+    labels = Labels(batch.answer, batch.nll)
 
-    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> OrpoOutput:
-        out = orpo_loss(hidden, **own, **_keywords(head, batch, settings))
+    def given(settings: Settings) -> CallSettings:
+        return _of_call(batch, settings, objective, nll_weight=nll_weight, nll_reduction=nll_reduction)
+
+    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> PreferenceOutput:
+        out = preference_of_head(hidden, head, labels, given(settings))
         chosen, rejected = _logit_means(hidden, head, shift, batch, settings, out)
         return out._replace(chosen_logits_mean=chosen, rejected_logits_mean=rejected)
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
-        return explain(hidden, **own, **_keywords(head, batch, settings))
+        return plan_of_head(hidden, head, labels, given(settings))
 
     fused = _forward(patch, trainer, model, site, batch, Work(score, lambda out: out.loss, plan))
     return fused if isinstance(fused, str) else (fused[0]._replace(loss=fused[1]["loss"]), fused[1])
@@ -97,7 +102,7 @@ def fused_logprobs(
     """Log-probabilities in one forward of ``model``, and its output, for losses of a trainer's own: or why not.
 
     Raises:
-        RuntimeError: as ``fused_orpo``.
+        RuntimeError: as ``fused_loss``.
     """
     pairs, ignore = batch.nll.shape[0], batch.ignore_index
     chosen, in_answer, in_nll = batch.answer[:pairs], batch.answer != ignore, batch.nll != ignore
@@ -105,16 +110,17 @@ def fused_logprobs(
     wanted = torch.cat([torch.where(in_answer[:pairs], chosen, batch.nll), batch.answer[pairs:]])
 
     def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> Logprobs:
-        given = _keywords(head, batch, settings)
-        every = linear_logprobs(hidden, labels=wanted, **given)
+        given = _of_call(batch, settings)
+        every = logprobs_of_head(hidden, head, Labels(wanted), given)
         nll = torch.where(in_nll, every[:pairs], 0)
         if apart.any():
-            nll = nll.masked_scatter(apart, linear_logprobs(hidden[:pairs][apart], labels=batch.nll[apart], **given))
+            others = logprobs_of_head(hidden[:pairs][apart], head, Labels(batch.nll[apart]), given)
+            nll = nll.masked_scatter(apart, others)
         means = _logit_means(hidden, head, shift, batch, settings, None)
         return Logprobs(torch.where(in_answer, every, 0), nll, means, in_answer.sum(-1), in_nll.sum())
 
     def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
-        how = explain(linear_logprobs, hidden, labels=wanted, **_keywords(head, batch, settings))
+        how = plan_of_head(hidden, head, Labels(wanted), _of_call(batch, settings))
         return f"log-probabilities, {how}"
 
     work = Work(score, lambda result: torch.cat([result.answer, result.nll]), plan)
@@ -125,16 +131,16 @@ def fused_logprobs(
     return fused[0]._replace(answer=answer, nll=nll), fused[1]
 
 
-def _keywords(head: Head, batch: Batch, settings: Settings) -> dict[str, Any]:
-    """What every fused function is told, by its names."""
-    return {**head._asdict(), **settings._asdict(), "ignore_index": batch.ignore_index}
+def _of_call(batch: Batch, settings: Settings, objective: Objective | None = None, **more: Any) -> CallSettings:
+    """What every fused function is told beside tensors; without an objective, of log-probabilities."""
+    return CallSettings(objective, ignore_index=batch.ignore_index, **more, **settings._asdict())
 
 
 @torch.no_grad()
 def _logit_means(
-    hidden: Tensor, head: Head, shift: float, batch: Batch, settings: Settings, out: OrpoOutput | None
+    hidden: Tensor, head: Head, shift: float, batch: Batch, settings: Settings, out: PreferenceOutput | None
 ) -> Tensor:
-    """Mean logit of the chosen and the rejected side over all positions but the last, as TRL logs it, ``[2]``.
+    """Mean logit of the chosen and the rejected side over the positions that the trainer averages, ``[2]``.
 
     Without a softcap that is ``mean(h) . mean(W)``. Under one the scored positions are in ``out`` already, and only
     the others, which no loss needs, cost a product.
@@ -142,13 +148,13 @@ def _logit_means(
     hidden, pairs = hidden.detach(), hidden.shape[0] // 2
     sides = []
     for side, chosen in ((slice(0, pairs), True), (slice(pairs, None), False)):
-        rows = hidden[side, :-1]
+        rows = hidden[side, batch.averaged]
         if head.softcap is None:
             sides.append(mean_logit(rows.reshape(-1, rows.shape[-1]), head, settings.backend))
             continue
-        scored = batch.answer[side, :-1] != batch.ignore_index
+        scored = batch.answer[side, batch.averaged] != batch.ignore_index
         if chosen:
-            scored = scored | (batch.nll[:, :-1] != batch.ignore_index)
+            scored = scored | (batch.nll[:, batch.averaged] != batch.ignore_index)
         if out is None:
             scored = torch.zeros_like(scored)
         share = scored.sum() / scored.numel()
@@ -171,126 +177,136 @@ def _forward(
     mark, before = fingerprint(site.model, site.head), known.get(key)
     if isinstance(before, str):
         return before
-    reading = before[1] if before is not None and before[0] == mark else None
-    call = _Pass(patch, trainer, site, batch, work, reading)
-    handle = site.base.register_forward_hook(call.after_base)
+    question = None
+    if before is None or before[0] != mark:
+        question = Question(site, batch)
+        reading = question.asked_of(model)
+        if isinstance(reading, str):
+            refusal = known[key] = f"{type(site.model).__name__}: {reading}"
+            return refusal
+    else:
+        reading = before[1]
+    call = _Pass(patch, trainer, site, batch, work, reading, question)
     try:
-        with detour(site.head, call.at_head):
-            output = model(**batch.inputs)
-    except Exception as error:
-        if call.reading is not None or call.calls == 0 or call.returned or isinstance(error, torch.OutOfMemoryError):
+        output = call.run(model)
+    except torch._dynamo.exc.Unsupported:
+        if call.calls:
             raise
-        call.refusal = (
-            f"its forward fails on logits of other rows than it gave its head ({type(error).__name__}: {error})"
-        )
-    finally:
-        handle.remove()
-    if call.calls == 0:
-        call.refusal = "its forward did not call its head"
-    if call.refusal is not None:
-        if reading is not None:
-            raise RuntimeError(
-                f"orpo_kernels cannot follow {type(site.model).__name__}: {call.refusal}, and on an earlier batch it "
-                "called it once, on every position. Train it unpatched"
-            )
-        refusal = known[key] = f"{type(site.model).__name__}: {call.refusal}"
+        leave_nothing([site.head, site.base])  # in its own path nothing is to break its graph
+        what = "it was compiled with fullgraph=True, and a fused loss breaks the graph at the head"
+        refusal = known[key] = f"{type(site.model).__name__}: {what}. Compile it without"
         return refusal
-    assert call.reading is not None  # without one there is a refusal
-    assert call.result is not None
-    if reading is None:
-        known[key] = mark, call.reading
+    if call.refusal is not None:
+        raise RuntimeError(
+            f"orpo_kernels cannot follow {type(site.model).__name__}: {call.refusal}, and on an earlier batch it "
+            "called it once, on every position. Train it unpatched"
+        )
+    assert call.result is not None  # without one there is a refusal
+    if output["loss"].dtype != call.tracked.dtype:
+        output["loss"] = _Uncast.apply(output["loss"], call.tracked.detach())
+    if question is not None:
+        known[key] = mark, reading
         if first(trainer, "fused"):
-            how = work.plan(call.hidden.detach(), call.reading.head(site.head), patch.settings)
             agreement = "" if call.agreement is None else f" (log-probabilities within {call.agreement:.1g} nats)"
             say(
                 trainer,
                 logging.INFO,
-                f"fused the loss of this {type(trainer).__name__}: {how}. The model's logits, read as {call.reading}, "
+                f"fused the loss of this {type(trainer).__name__}: {call.plan}. The model's logits, read as {reading}, "
                 f"agree on the first batch{agreement}",
             )
     return call.result, output
 
 
-class _Pass(Generic[R]):
-    """One forward with the head intercepted: what the head is called with, and what came of it.
+class _Enter(torch.autograd.Function):
+    """The head's output in the graph of the loss: its backward hands over the gradient that ``_Leave`` has met."""
 
-    Without a ``reading`` the model is asked for one: the head returns probes instead of a blank, and the loss is
-    computed when the model has returned.
+    @staticmethod
+    def forward(ctx: Any, tracked: Tensor, vocab: int, dtype: torch.dtype, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        return tracked.new_zeros(1, 1, vocab, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradients.pop(), None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """The loss, as if it were made of the head's output.
+
+    The gradient itself goes round the output's hooks, also those that FSDP1 is yet to register: they may cast it.
     """
 
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, tracked: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients, ctx.blank = gradients, output.detach()
+        return tracked.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.gradients.append(gradients[0])
+        return torch.zeros_like(ctx.blank), None, None
+
+
+class _Uncast(torch.autograd.Function):
+    """The loss with its own digits, where a policy of FSDP has cast the model's output to a narrower dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, cast: Tensor, tracked: Tensor) -> Tensor:
+        ctx.dtype = cast.dtype
+        return tracked.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
+class _Pass(Call, Generic[R]):
+    """The call whose head computes the loss; after a ``question`` it checks the answer."""
+
     def __init__(
-        self, patch: Patch, trainer: Any, site: Site, batch: Batch, work: Work[R], reading: Reading | None
+        self,
+        patch: Patch,
+        trainer: Any,
+        site: Site,
+        batch: Batch,
+        work: Work[R],
+        reading: Reading,
+        question: Question | None,
     ) -> None:
-        self.patch, self.trainer, self.site, self.batch = patch, trainer, site, batch
-        self.work, self.reading = work, reading
-        self.thread = threading.get_ident()
-        self.calls, self.returned = 0, False
-        self.refusal: str | None = None
+        super().__init__(site, batch)
+        self.patch, self.trainer, self.work = patch, trainer, work
+        self.reading, self.question = reading, question
         self.agreement: float | None = None  # nats
+        self.gradients: list[Tensor] = []
         self.result: R | None = None
 
     def at_head(self, input: Tensor) -> Tensor:
-        """In place of the head's forward: logits of few rows, because no loss is made of them."""
-        self.calls += 1
-        self.hidden = input
-        head = self.site.head
-        if self.calls > 1:
-            self.refusal = "its forward called its head more than once"
-        elif input.shape[:-1] != self.batch.answer.shape:
-            of, every = list(input.shape[:-1]), list(self.batch.answer.shape)
-            self.refusal = f"its forward called its head on {of} of {every} positions"
-        elif self.reading is not None:
-            self.result = self._scored(self.reading)
-        if self.refusal is not None or self.reading is not None:
-            return input.new_zeros(1, 1, head.weight.shape[0])
-        device = input.device.type
-        self.autocast = torch.autocast(
-            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
-        )
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        # The model's own logits for a few tokens go through the rest of its forward behind the probes.
-        labels = self.batch.answer.reshape(-1)
-        places = torch.nonzero(labels != self.batch.ignore_index).view(-1)
-        self.places = places[:: max(1, len(places) // CHECKED_ROWS)][:CHECKED_ROWS]
-        rows = input.detach().reshape(-1, input.shape[-1])[self.places]
-        with torch.no_grad():
-            own = type(head).forward(head, rows)
-        self.eps = _rounding_of(own, rows, head)
-        self.given = torch.cat([probes(head.weight.shape[0], dtype, input.device), own.to(dtype)])
-        return self.given[None].clone()  # models write into their logits
+        hidden, own = linear_head(self.site.head, input)
+        self.head = self.reading.head(own)
+        self.result = self._scored(hidden) if self.question is None else self._first_scored(hidden)
+        if self.question is not None:
+            self._compare(self.question)
+            self.plan = str(self.work.plan(hidden, self.head, self.patch.settings))
+        self.tracked = self.work.tracked(self.result)
+        blank: Tensor = _Enter.apply(self.tracked, self.vocab, input.dtype, self.gradients)
+        return blank
 
-    def after_base(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        """The model has returned: read what it did and compute the loss if that is due, and hand on what is tracked."""
-        if threading.get_ident() != self.thread or self.calls == 0:
-            return
-        self.returned = True
-        if self.refusal is None and self.reading is None:
-            reading = self._read(output.logits)
-            if isinstance(reading, str):
-                self.refusal = reading
-                return
-            with self.autocast:
-                self.result = self._first_scored(reading)
-                self._compare(output.logits[0, PROBES:], reading)
-            self.reading = reading
-        if self.result is not None:
-            output["loss"] = self.work.tracked(self.result)
+    def after_head(self, output: Tensor) -> None:
+        self.tracked = _Leave.apply(output, self.tracked.detach(), self.gradients)
 
-    def _read(self, logits: Tensor) -> Reading | str:
-        if logits.dim() != 3 or logits.shape[:2] != (1, len(self.given)):
-            return f"it makes logits {list(logits.shape)} of its head's output {[1, *self.given.shape]}"
-        return read(self.given[:PROBES], logits[0, :PROBES])
+    def after_base(self, output: Any) -> None:
+        output["loss"] = self.tracked
 
-    def _scored(self, reading: Reading) -> R:
-        return self.work.score(self.hidden, reading.head(self.site.head), reading.shift, self.patch.settings)
+    def _scored(self, hidden: Tensor) -> R:
+        return self.work.score(hidden, self.head, self.reading.shift, self.patch.settings)
 
-    def _first_scored(self, reading: Reading) -> R:
+    def _first_scored(self, hidden: Tensor) -> R:
         """The first call on this machine may be the one that finds a kernel which does not compile or launch here."""
         settings = self.patch.settings
         try:
-            result = self._scored(reading)
-            if self.hidden.is_cuda:
-                torch.cuda.synchronize(self.hidden.device)  # a launch fails late
+            result = self._scored(hidden)
+            if hidden.is_cuda:
+                torch.cuda.synchronize(hidden.device)  # a launch fails late
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -298,7 +314,7 @@ class _Pass(Generic[R]):
                 raise
             self.patch.settings = settings._replace(backend="torch")
             try:
-                result = self._scored(reading)
+                result = self._scored(hidden)
             except Exception:  # what is wrong with the inputs is wrong here too, and no fault of the backend
                 self.patch.settings = settings
                 raise
@@ -312,8 +328,8 @@ class _Pass(Generic[R]):
         return result
 
     @torch.no_grad()
-    def _compare(self, logits: Tensor, reading: Reading) -> None:
-        """Raise if the model's own ``logits [k, V]`` give its labels other log-probabilities than ours.
+    def _compare(self, asked: Question) -> None:
+        """Raise if the model's own logits of a few tokens give their labels other log-probabilities than ours.
 
         The tolerance is what rounding can do: each side rounds the label's logit and, in the log-sum-exp, every other
         one by its probability. Logits without a probability, masked ones, do not loosen it.
@@ -321,20 +337,19 @@ class _Pass(Generic[R]):
         Raises:
             RuntimeError: the two differ; the message has both numbers.
         """
-        if len(logits) == 0:
+        labels, reading = asked.labels, self.reading
+        if len(labels) == 0:
             return
-        labels = self.batch.answer.reshape(-1)[self.places]
-        rows = self.hidden.detach().reshape(-1, self.hidden.shape[-1])[self.places]
-        given = _keywords(reading.head(self.site.head), self.batch, self.patch.settings)
-        ours = linear_logprobs(rows, labels=labels, **given).double()
-        logits, own = logits.double() - reading.shift, self.given[PROBES:, : reading.vocab].double()
+        given = _of_call(self.batch, self.patch.settings)
+        ours = logprobs_of_head(asked.rows, self.head, Labels(labels), given).double()
+        logits, own = asked.logits.double() - reading.shift, asked.given[PROBES:, : reading.vocab].double()
         theirs = torch.log_softmax(logits, -1)
         size = torch.maximum(logits.abs(), reading.logit_scale * own.abs())
         weighed = torch.where(theirs > -50, theirs.exp() * size, 0.0).sum(-1)
         theirs, size = (values.gather(-1, labels[:, None]).squeeze(-1) for values in (theirs, size))
         # A label in a masked column has no probability either way.
         difference = torch.where(theirs > MASKED, (theirs - ours).abs(), 0.0)
-        tolerance = 2 * self.eps * (size + weighed) + 1e-5
+        tolerance = 2 * asked.eps * (size + weighed) + 1e-5
         self.agreement = difference.max().item()
         if not (difference <= tolerance).all():
             raise RuntimeError(
@@ -344,18 +359,3 @@ class _Pass(Generic[R]):
                 f"{tolerance.max().item():.1g}. They were read as {reading}. Train it unpatched, and please report the "
                 "model type"
             )
-
-
-@torch.no_grad()
-def _rounding_of(logits: Tensor, rows: Tensor, head: nn.Linear) -> float:
-    """How the head's product rounds, relative to its size: what a few columns in float64 say, at least the dtype's eps.
-
-    Float32 products are TF32's or bfloat16's where a program allows that.
-    """
-    columns = torch.arange(0, logits.shape[-1], max(1, logits.shape[-1] // 64), device=logits.device)
-    exact = rows.double() @ head.weight[columns].double().T
-    if head.bias is not None:
-        exact += head.bias[columns].double()
-    error = (logits[:, columns].double() - exact).abs().max() if len(rows) else torch.zeros(())
-    size = logits.double().square().mean().sqrt() if len(rows) else torch.ones(())
-    return max(torch.finfo(logits.dtype).eps, (error / size.clamp(min=1e-30)).item())

@@ -10,15 +10,14 @@ model types stands behind it, and what it cannot express it refuses in a sentenc
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orpo_kernels.integrations.adapters import callees, is_of_a_wrapper, refusal
+from orpo_kernels.integrations.detours import uncompiled
 from orpo_kernels.settings import Head
 
 # A column whose logit is below this for a head output of 0 is masked: no softmax of logits of any size that a trained
@@ -32,80 +31,35 @@ SPREADS = (1.0, 30.0)  # standard deviations of the random rows
 PROBES = len(CONSTANTS) + len(SPREADS)
 
 
-def head_module(model: nn.Module) -> nn.Linear | str:
-    """The module that turns hidden states into logits, or the reason why it cannot be replaced."""
+def head_module(model: nn.Module) -> nn.Module | str:
+    """The module that turns hidden states into logits, or the reason why it cannot be replaced.
+
+    An ``nn.Linear``, or peft's layer around one that ``adapters.linear_head`` reads.
+    """
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         head = None
     if head is None:
         return f"{type(model).__name__} names no output embeddings"
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        # peft keeps a trained copy beside the original and calls it while its adapter is active and enabled.
-        active = head.active_adapters
-        trained = active and not head.disable_adapters and all(name in head.modules_to_save for name in active)
-        head = head.modules_to_save[active[0]] if trained else head.original_module
-    if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
-    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+    found: nn.Module = uncompiled(callees(head)[0])
+    found = getattr(found, "_fsdp_wrapped_module", found)  # where FSDP1 has it in a unit of its own
+    return _refusal_of_forward(found) or found
+
+
+def _refusal_of_forward(head: nn.Module) -> str | None:
+    why: str | None = refusal(head)
+    if why is not None:
+        return why
+    hooks = *head._forward_hooks.values(), *head._forward_pre_hooks.values()
+    if hasattr(head, "_hf_hook") or not all(map(is_of_a_wrapper, hooks)):
         return "its head has forward hooks, which a fused loss would pass by"
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which a fused loss would pass by"
     if not getattr(vars(head).get("forward"), "ours", "forward" not in vars(head)):
         return "its head's forward was replaced, which a fused loss would pass by"
-    if not isinstance(head.weight, nn.Parameter) or head.weight.is_meta or head.weight.numel() == 0:
-        return "its head's weight is sharded or offloaded"
-    return head
-
-
-class _Detour:
-    """Stands in for a head's forward: threads that asked for it take their own way, all others what was there."""
-
-    ours = True
-
-    def __init__(self, head: nn.Linear) -> None:
-        self.own: Callable[[Tensor], Tensor] = head.forward
-        self.before = vars(head).get("forward")  # lazy logits', or None
-        self.ways: dict[int, Callable[[Tensor], Tensor]] = {}
-
-    def __call__(self, input: Tensor) -> Tensor:
-        way = self.ways.get(threading.get_ident())
-        return self.own(input) if way is None else way(input)
-
-
-_DETOURS = threading.Lock()
-
-
-@contextmanager
-def detour(head: nn.Linear, way: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let ``way`` take the place of the head's forward in this thread, inside the block."""
-    thread = threading.get_ident()
-    with _DETOURS:
-        here: Any = vars(head).get("forward")
-        if not isinstance(here, _Detour):
-            here = head.forward = _Detour(head)  # type: ignore[method-assign]
-        here.ways[thread] = way
-    try:
-        yield
-    finally:
-        with _DETOURS:
-            del here.ways[thread]
-            if not here.ways:
-                del head.forward
-                if here.before is not None:
-                    head.forward = here.before  # type: ignore[method-assign]
-
-
-def replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Put ``forward`` in the place of the head's own, under a detour if one is being taken; what was there."""
-    with _DETOURS:
-        here: Any = vars(head).get("forward")
-        if isinstance(here, _Detour):
-            below, here.own, here.before = here.own, forward, forward
-            return below
-        was: Callable[[Tensor], Tensor] = head.forward
-        head.forward = forward  # type: ignore[method-assign,assignment]
-        return was
+    weight: Any = head.weight
+    return "its head's weight is offloaded" if weight.is_meta else None
 
 
 @dataclass(frozen=True)
@@ -121,18 +75,18 @@ class Reading:
     bias: Tensor | None = None  # [vocab] float64 on the host, beside the head's own
     shift: float = 0.0
 
-    def head(self, module: nn.Linear) -> Head:
-        """The map from hidden states to the model's logits but for ``shift``, with the head's tensors as they are."""
-        weight: Tensor = module.weight
-        bias: Tensor | None = module.bias
-        if self.vocab < weight.shape[0]:
-            weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
+    def head(self, own: Head) -> Head:
+        """The map from hidden states to the model's logits but for ``shift``, from the one to its head's output."""
+        weight, bias, tail = own.weight, own.bias, own.tail
+        if self.vocab < own.vocab:
+            weight = weight[: self.vocab]
+            bias, tail = (None if tensor is None else tensor[: self.vocab] for tensor in (bias, tail))
         if self.bias is not None:
             # Sums of a few masked columns stay finite, in float16 too.
             lowest = max(-1e30, torch.finfo(weight.dtype).min / 2)
             added = self.bias.clamp(min=lowest).to(weight.device, weight.dtype)
             bias = added if bias is None else bias + added
-        return Head(weight, bias, self.logit_scale, self.softcap)
+        return Head(weight, bias, self.logit_scale, self.softcap, tail=tail)
 
     def __str__(self) -> str:
         said = [f"{self.vocab} columns"]
@@ -227,12 +181,14 @@ def read(given: Tensor, logits: Tensor) -> Reading | str:
     return Reading(vocab, scale, softcap, every / scale if every.any() else None, shift)
 
 
-def fingerprint(model: nn.Module, module: nn.Linear) -> tuple[Any, ...]:
+def fingerprint(model: nn.Module, module: nn.Module) -> tuple[Any, ...]:
     """Whatever a model's treatment of its logits may depend on: a change asks for another reading.
 
-    Numbers of its configuration and of the model itself, buffers of its own by their version, the head's size.
+    Numbers of its configuration and of the model itself, buffers of its own by their version, the head's size. The
+    weight has another shape and dtype while it is sharded.
     """
-    found: list[Any] = [tuple(module.weight.shape), module.weight.dtype]
+    linear: Any = module
+    found: list[Any] = [linear.out_features, linear.in_features]
     config: Any = getattr(model, "config", None)
     texts = config.get_text_config() if hasattr(config, "get_text_config") else config
     for holder in {id(each): each for each in (config, texts) if each is not None}.values():

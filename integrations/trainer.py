@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orpo_kernels.backends import available
+from orpo_kernels.integrations.detours import leave_nothing, uncompiled
 from orpo_kernels.integrations.hf_head import head_module
-from orpo_kernels.loss import OrpoOutput
+from orpo_kernels.loss import PreferenceOutput, metrics_of
 
 BACKEND_VARIABLE = "ORPO_KERNELS_BACKEND"
 WORKSPACE_VARIABLE = "ORPO_KERNELS_WORKSPACE_BYTES"
@@ -86,6 +87,8 @@ class Patch:
         """Put the methods back; without a patch nothing happens."""
         for name in self.replacements if self.applied else ():
             setattr(self.owner, name, self.stock[name])
+        if self.applied:
+            leave_nothing()
         self.stock = {}
 
     def own_method(self, trainer: Any, names: tuple[str, ...]) -> str | None:
@@ -110,47 +113,47 @@ def _function(method: Any) -> Any:
 class Site(NamedTuple):
     """Where a trainer's model can be fused."""
 
-    base: nn.Module  # the module whose call returns the model's output, without DDP around it
+    base: nn.Module  # the module whose call returns the model's output, without DDP or torch.compile around it
     model: nn.Module  # the Hugging Face model, without peft around it
-    head: nn.Linear
+    head: nn.Module  # an nn.Linear, or peft's layer around one
 
 
 def find_site(trainer: Any, model: nn.Module) -> Site | str:
     """Where to fuse in a ``transformers.Trainer``, or the reason why this one and its model keep their own path."""
     if isinstance(model, nn.DataParallel):
         return "nn.DataParallel replicates the model in threads: use one process a GPU (torchrun)"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP is not supported yet"
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO-3 is not supported yet"
-    if hasattr(model, "_orig_mod") or getattr(trainer.args, "torch_compile", False):
-        return "torch.compile around the whole model is not supported yet"
-    base = trainer.accelerator.unwrap_model(model)
-    inner = base.get_base_model() if hasattr(base, "get_base_model") else base
+    # accelerate would look behind torch.compile's wrapper too, and change what the wrapper names as its module.
+    base = uncompiled(trainer.accelerator.unwrap_model(uncompiled(model)))
+    inner = uncompiled(base.get_base_model()) if hasattr(base, "get_base_model") else base
     head = head_module(inner)
     return head if isinstance(head, str) else Site(base, inner, head)
 
 
 @torch.no_grad()
-def metrics_of_all_ranks(accelerator: Any, out: OrpoOutput) -> dict[str, float]:
+def metrics_of_all_ranks(accelerator: Any, out: PreferenceOutput, logps: tuple[Tensor, Tensor]) -> dict[str, float]:
     """``out.metrics()`` over all ranks with one collective and one copy to the host.
 
     As accelerate's ``gather_for_metrics`` does for each value by itself, samples that a sampler repeated to fill the
     last batch of a data loader are dropped.
+
+    Args:
+        logps: what is to be logged as log-probabilities of the chosen and the rejected answers, ``[P]`` each.
     """
+    names = ("chosen_rewards", "rejected_rewards", "valid", "chosen_logits_mean", "rejected_logits_mean", "nll_loss")
+    own = out.objective_metrics
+    values = [*(getattr(out, name) for name in names), *logps, *own.values()]
     dtype = out.loss.dtype
-    of_ranks = accelerator.gather(torch.cat([value.detach().to(dtype).reshape(-1) for value in out])[None])
+    of_ranks = accelerator.gather(torch.cat([value.detach().to(dtype).reshape(-1) for value in values])[None])
     state = accelerator.gradient_state
     kept = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-    parts = of_ranks.split([value.numel() for value in out], dim=1)
-    gathered = type(out)(
-        *(
-            part.reshape(-1)[:kept].to(value.dtype) if value.dim() else part.reshape(-1)[:kept].mean()
-            for part, value in zip(parts, out, strict=True)
-        )
-    )
-    metrics = gathered.metrics()
+    parts = of_ranks.split([value.numel() for value in values], dim=1)
+    gathered = [
+        part.reshape(-1)[:kept].to(value.dtype) if value.dim() else part.reshape(-1)[:kept].mean()
+        for part, value in zip(parts, values, strict=True)
+    ]
+    fields, (chosen, rejected), rest = gathered[: len(names)], gathered[len(names) :][:2], gathered[len(names) + 2 :]
+    everywhere = out._replace(**dict(zip(names, fields, strict=True)))
+    metrics = {**metrics_of(everywhere, chosen, rejected), **dict(zip(own, rest, strict=True))}
     return dict(zip(metrics, torch.stack([value.to(dtype) for value in metrics.values()]).tolist(), strict=True))
 
 

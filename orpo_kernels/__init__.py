@@ -13,11 +13,13 @@ from orpo_kernels.loss import (
     orpo_loss,
     preference_loss,
 )
+from orpo_kernels.shards import Shard
 
 __all__ = [
     "OrpoLoss",
     "OrpoOutput",
     "PreferenceOutput",
+    "Shard",
     "__version__",
     "explain",
     "linear_logprobs",

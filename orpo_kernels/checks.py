@@ -48,19 +48,15 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
             )
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no data: load or gather it before the loss")
-    if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
-        raise ValueError(
-            "weight is a sharded DTensor: run the loss inside the wrapped forward, where FSDP2 has gathered it, or "
-            "pass weight.full_tensor(grad_placements=[Partial('avg')])"
-        )
-    if weight.numel() == 0:
-        raise ValueError(
-            f"weight is empty (shape {shape(weight)}): DeepSpeed ZeRO-3 keeps parameters partitioned; call the loss "
-            "under deepspeed.zero.GatheredParameters(weight)"
-        )
+    refuse_sharded(weight)
     if weight.dim() != 2:
         raise ValueError(
             f"weight must be [V, H], got shape {shape(weight)}: pass the head's own weight, as nn.Linear has it"
+        )
+    if head.shard is not None and weight.shape[0] != head.shard.rows:
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows, but shard gives this rank {head.shard.rows} of {head.shard.vocab} "
+            f"tokens (offsets {head.shard.offsets}): pass this rank's rows, and the offsets that they were cut at"
         )
     if hidden.dim() < least:
         expected = "[2P, T, H] or packed [N, H]" if least > 1 else "[..., H]"
@@ -79,6 +75,43 @@ def check_tensors(hidden: Tensor, head: Head, *, least: int) -> None:
             raise TypeError(
                 f"{name} is {tensor.dtype} but hidden is {hidden.dtype}: cast one, or run under torch.autocast"
             )
+
+
+def refuse_sharded(weight: Tensor) -> None:
+    """A weight of which this rank holds a part, or nothing any more.
+
+    Whoever shards a weight gathers it around the forward of the module that owns it and reduces its gradient there, so
+    a loss of it anywhere else has no weight, or a gradient that no other rank hears of.
+
+    Raises:
+        ValueError: it is one.
+    """
+    inside = (
+        "compute the loss in the forward of the module that owns the weight: a head derived from nn.Linear whose "
+        "forward returns orpo_loss(hidden, self.weight, ...)"
+    )
+    if hasattr(weight, "full_tensor"):  # DTensor, without importing torch.distributed
+        raise ValueError(
+            f"weight is a sharded DTensor, which FSDP2 gathers for the forward of its own module alone: {inside}; or "
+            "pass weight.full_tensor(grad_placements=[Partial('avg')]); where it is split by rows over ranks that hold "
+            "the same hidden states (tensor parallelism), pass shard=Shard.of(weight)"
+        )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight is empty (shape {shape(weight)}): DeepSpeed ZeRO-3 and FSDP keep parameters partitioned outside "
+            f"the forward of their own module; {inside}"
+        )
+    if weight.dim() == 1:
+        raise ValueError(
+            f"weight must be [V, H], got shape {shape(weight)}, which is this rank's part of it if FSDP has sharded "
+            f"it: {inside}"
+        )
+    if weight.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and _freed(weight):
+        raise ValueError(f"weight has no memory any more, as FSDP takes it back after a forward: {inside}")
+
+
+def _freed(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.untyped_storage().nbytes() == 0
 
 
 def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:

@@ -26,7 +26,7 @@ import torch
 import orpo_kernels
 from orpo_kernels import integrations
 from orpo_kernels.backends import by_preference
-from orpo_kernels.integrations import TRAINERS, Trainer
+from orpo_kernels.integrations import LIGER, TESTED, TRAINERS, Trainer
 from orpo_kernels.integrations.trainer import BACKEND_VARIABLE, WORKSPACE_VARIABLE, Settings
 from orpo_kernels.startup import sitecustomize
 
@@ -172,7 +172,7 @@ def _patch(trainer: Trainer) -> None:
 def _built(cls: type) -> None:
     """Say that nothing is patched now, when a run begins, and not after its hours of training."""
     patched = [trainer for trainer in TRAINERS if any(home in sys.modules for home in trainer.homes)]
-    known = ", ".join(trainer.target for trainer in TRAINERS)
+    known = " or ".join(trainer.target for trainer in TRAINERS)
     trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
     if issubclass(cls, trainer_class):
         if not any(issubclass(cls, trainer.load().owner) for trainer in patched):
@@ -214,7 +214,7 @@ def doctor() -> int:
     """Print what a bug report needs."""
     print(f"orpo_kernels {orpo_kernels.__version__}, python {platform.python_version()}, {platform.platform()}")
     for library in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger-kernel"):
-        print(f"  {library:<13} {_version(library) or 'not installed'}")
+        print(f"  {library:<13} {_version(library) or 'not installed'}{_tested(library)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         print(f"device: {torch.cuda.get_device_name()} ({torch.cuda.device_count()} visible)")
@@ -225,8 +225,9 @@ def doctor() -> int:
         reason = backend.refuses(device, torch.bfloat16)
         print(f"backend {backend.name}: {reason or ('available' if used else 'used')}")
         used = used or reason is None
-    for trainer in TRAINERS:
+    for trainer in (*TRAINERS, LIGER):
         print(f"patch {trainer.target}: {_patchable(trainer)}")
+    print(f"lazy logits: {_lazy()}")
     return 0
 
 
@@ -235,6 +236,45 @@ def _version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tested(library: str) -> str:
+    """How a library's version lies to those that were tried, as an addition to it."""
+    version = _version(library)
+    if library not in TESTED or version is None:
+        return ""
+
+    def number(of: str) -> tuple[int, ...]:
+        return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in of.split(".")[:2])
+
+    oldest, newest = TESTED[library]
+    if number(version) < number(oldest):
+        return f" (untested: older than {oldest})"
+    return (
+        f" (untested: newer than {newest})" if number(version) > number(newest) else f" (tested: {oldest} to {newest})"
+    )
+
+
+def _lazy() -> str:
+    """Whether lazy logits give the loss of a small model of the transformers at hand."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+        ids = torch.arange(32)[None]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **shape))
+        stock = model(ids, labels=ids).loss.item()
+        loss = integrations.fuse(model, backend="torch")(ids, labels=ids).loss.item()
+        report = integrations.fusion_report(model)
+    except Exception as error:  # whatever a version that nobody tried does: the rest of what doctor says is needed then
+        return f"no, {type(error).__name__}: {' '.join(str(error).split())}"
+    if report.refusal or report.materialised:
+        return f"no, {report}"
+    if not abs(loss - stock) <= 1e-5 * abs(stock):
+        return f"no, the loss of a small model is {loss:.7g} and {stock:.7g} without them"
+    return f"yes, the loss of a small model is {loss:.7g} and {stock:.7g} without them"
 
 
 def _patchable(trainer: Trainer) -> str:

@@ -72,13 +72,18 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
             found = Found(nothing, nothing, None)
         else:
             found = backend.forward(part, grads, store=store)
+            if found.logit_means is not None and head.shard is not None:
+                found = found._replace(logit_means=head.shard.mean(found.logit_means))
         if given is None:
             return found, grads
         tables.append(backend.pair_terms(found, targets.pairs(*group), given))
         backward(call, part, found, tables[-1].g, grads, accumulate=group.first > 0)
         del found  # and E with it, before the next group's is allocated
     if several:
-        final = (None if grad is None else grad.to(grad_dtype(hidden.dtype)) for grad in grads[1:])
+        final = (
+            None if grad is None or like is None else grad.to(grad_dtype(like.dtype))
+            for grad, like in zip(grads[1:], (head.trained, head.bias), strict=True)
+        )
         grads = Grads(grads.hidden, *final)
     return _losses(call, head, tables), grads
 
@@ -111,7 +116,7 @@ def _room(call: Call, hidden: Tensor, head: Head, several: bool) -> Grads:
 def _with_heads(call: Call, head: Head, grads: Grads, dtype: torch.dtype | None) -> Grads:
     needs, bias = call.needs, head.bias
     return grads._replace(
-        weight=_empty(head.weight, dtype) if needs.weight else None,
+        weight=_empty(head.trained, dtype) if needs.weight else None,
         bias=_empty(bias, dtype) if needs.bias and bias is not None else None,
     )
 
@@ -139,7 +144,8 @@ def _losses(call: Call, head: Head, tables: list[PairTable]) -> Losses:
     means = values[PAIR_ROWS.index("nll") :].sum(1)
     if head.bias is not None and head.softcap is None:
         # The mean over V moved inside the product: what the bias adds to a mean logit stands apart.
-        of_bias = head.logit_scale * _mean(head.bias, means.dtype)
+        mean = _mean(head.bias, means.dtype)
+        of_bias = head.logit_scale * (mean if head.shard is None else head.shard.mean(mean))
         for row, count in enumerate(call.targets.sizes.sides, 1):
             if count:
                 means[row] += of_bias
@@ -171,18 +177,25 @@ def mean_logit(hidden: Tensor, head: Head, backend: str = "auto") -> Tensor:
     return found.logit_means.mean()
 
 
+def fused(hidden: Tensor, head: Head, call: Call) -> Any:
+    """What ``Fused`` returns for ``hidden [..., H]``."""
+    return Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head.tail, head, call)
+
+
 class Fused(torch.autograd.Function):
     """``Losses`` or log-probabilities ``[positions]`` of a call. The first backward owns what forward prepared."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, call: Call) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, head: Head, call: Call
+    ) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
             result, grads = run(call, hidden.detach(), head.detached())
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.numbers = call, head[2:]
+        ctx.call, ctx.numbers = call, head[2:5]
         late = call.given is None
         if call.plan.passes > 1:
-            ctx.save_for_backward(hidden, weight, bias)
+            ctx.save_for_backward(hidden, weight, bias, tail)
             ctx.ready = result if late else None, grads
         if late:
             return logps_of(call, result)
@@ -193,10 +206,10 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         if upstream is None:
-            return None, None, None, None, None
-        call, inputs = ctx.call, ctx.saved_tensors
-        hidden, weight, bias = inputs
-        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers).detached()
+            return None, None, None, None, None, None
+        call = ctx.call
+        hidden, weight, bias, tail = ctx.saved_tensors
+        hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers)._replace(tail=tail).detached()
         with torch.autocast(upstream.device.type, enabled=False):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.
@@ -207,8 +220,13 @@ class Fused(torch.autograd.Function):
                 for grad in grads:
                     if grad is not None:
                         call.backend.scale(grad, upstream)
-        wanted = (None if g is None else g.to(like.dtype) for g, like in zip(grads, inputs, strict=True))
-        return *wanted, None, None
+        if head.shard is not None:
+            head.shard.finish(grads.hidden)
+        inputs = hidden, head.trained, bias
+        of = Grads(*(None if g is None else g.to(like.dtype) for g, like in zip(grads, inputs, strict=True)))
+        if tail is None:
+            return *of, None, None, None
+        return of.hidden, None, of.bias, of.weight, None, None
 
 
 def refuse_second_derivatives() -> None:

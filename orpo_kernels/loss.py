@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from orpo_kernels import operators
 from orpo_kernels.backends import Backend, check_name
-from orpo_kernels.engine import Fused, Losses, warn_skipped
+from orpo_kernels.engine import Losses, fused, warn_skipped
 from orpo_kernels.objectives import ORPO, Objective, PairLogps, check_objective, metric_names
 from orpo_kernels.plan import Plan
 from orpo_kernels.prepare import prepare, ready
 from orpo_kernels.settings import Batch, Head, Settings, checked, checked_head
+from orpo_kernels.shards import Shard
 
 P = ParamSpec("P")
 
@@ -36,7 +37,7 @@ class PreferenceOutput(NamedTuple):
 
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names, and the objective's own. Means are over the valid pairs."""
-        return {**_metrics(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
+        return {**metrics_of(self, self.pairs.chosen_sum, self.pairs.rejected_sum), **self.objective_metrics}
 
 
 class OrpoOutput(NamedTuple):
@@ -59,10 +60,10 @@ class OrpoOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """The scalars TRL logs, under TRL's names. Pairs that were skipped are left out of the means over pairs."""
         own = {"log_odds_ratio": self.log_odds_ratio, "log_odds_chosen": self.log_odds_chosen}
-        return {**_metrics(self, self.chosen_logps, self.rejected_logps), **own}
+        return {**metrics_of(self, self.chosen_logps, self.rejected_logps), **own}
 
 
-def _metrics(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+def metrics_of(out: PreferenceOutput | OrpoOutput, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Under TRL's names, with the log-probabilities of answers ``[P]`` as they are to be logged."""
     count = out.valid.sum().clamp(min=1)
 
@@ -97,8 +98,10 @@ def preference_loss(
     nll_reduction: str = "token",
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    shard: Shard | None = None,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    sequence_group: torch.distributed.ProcessGroup | None = None,
     backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> PreferenceOutput:
@@ -129,8 +132,15 @@ def preference_loss(
         nll_reduction: "token", the mean over all NLL tokens, or "sequence", the mean over sequences of their means.
         logit_scale: factor on the logits, positive.
         softcap: the softcap c, or None.
+        shard: how the vocabulary is split over ranks (``Shard``): weight and bias are this rank's rows, everything else
+            is the same on each, and so are all values and the gradient of hidden. None takes a DTensor that is split by
+            rows over a mesh called "tp" as what it is, and any other weight as whole.
         ignore_index: the label of positions that do not count.
         cu_seqlens: offsets ``[2P + 1]`` of packed sequences, chosen first.
+        sequence_group: ranks over which the positions of every sequence are split, in any way: each gives some of the
+            positions of all 2P sequences, with labels that were shifted before the split. Every rank gets the loss of
+            the whole sequences, the gradient of its own hidden states, and its part of the weight's, whose sum over
+            the group is the whole: where gradients are averaged over these ranks, multiply the loss by their number.
         backend: "auto", a backend's name, or a ``backends.Backend`` of your own.
         workspace_bytes: bound on what is held beyond inputs, returned gradients and tiles that stay in cache, down to
             the copies of 1,024 hidden rows on a CPU and 20 MiB on a GPU, which are taken in any case. None means 1 GiB
@@ -149,9 +159,15 @@ def preference_loss(
     two with the head frozen, one without gradients, four where the workspace is small.
     """
     check_objective(objective)
-    head = Head(weight, bias, logit_scale, softcap)
+    head = Head(weight, bias, logit_scale, softcap, shard)
     batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins)
-    settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
+    settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes, sequence_group)
+    return preference_of_head(hidden, head, batch, settings)
+
+
+def preference_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> PreferenceOutput:
+    """``preference_loss`` for values."""
+    objective = settings.objective
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, mean, *metrics = losses.means.unbind()
     chosen_rewards, rejected_rewards = getattr(objective, "rewards", _log_ratios)(known)
@@ -181,8 +197,10 @@ def orpo_loss(
     nll_reduction: str = "token",
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    shard: Shard | None = None,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    sequence_group: torch.distributed.ProcessGroup | None = None,
     backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> OrpoOutput:
@@ -211,9 +229,9 @@ def orpo_loss(
 
     Source: Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691.
     """
+    head, batch = Head(weight, bias, logit_scale, softcap, shard), Batch(labels, nll_labels, cu_seqlens)
     objective = ORPO(beta)
-    head, batch = Head(weight, bias, logit_scale, softcap), Batch(labels, nll_labels, cu_seqlens)
-    settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes)
+    settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes, sequence_group)
     losses, known = _losses(hidden, head, batch, settings)
     nll, chosen_logits, rejected_logits, odds, log_sigmoid, log_odds = losses.means.unbind()
     valid, chosen, rejected = known.valid, known.chosen_mean, known.rejected_mean
@@ -242,7 +260,7 @@ def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tup
     else:
         call = prepare(hidden, head, batch, settings).call()
         warn_skipped(call.targets)
-        losses = Losses(*Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call))
+        losses = Losses(*fused(hidden, head, call))
     chosen_sum, rejected_sum, chosen_length, rejected_length = losses.values[:4].unbind()
     given = batch.of_pairs(losses.values.dtype)
     return losses, PairLogps(chosen_sum, rejected_sum, chosen_length, rejected_length, *given)
@@ -265,7 +283,7 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
 
     ``explain(linear_logprobs, hidden, weight, labels)``; without a function it is ``orpo_loss``.
     ``print(explain(...))`` says which plan, how many products, how many groups, how many bytes, and why. It counts the
-    labels, for which the host waits on a GPU.
+    labels, for which the host waits on a GPU; with ``sequence_group`` every rank of it has to call.
 
     Raises:
         TypeError, ValueError: as the function.
@@ -288,8 +306,13 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
         """``Head``, ``Batch`` or ``Settings``: their fields are the keywords."""
         return kind(**{field: named[field] for field in kind._fields if field in named})
 
-    hidden, head = ready(named["hidden"], values(Head))
-    return prepare(hidden, head, values(Batch), values(Settings)).plan
+    return plan_of_head(named["hidden"], values(Head), values(Batch), values(Settings))
+
+
+def plan_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> Plan:
+    """``explain`` for values."""
+    hidden, head = ready(hidden, head)
+    return prepare(hidden, head, batch, settings).plan
 
 
 def linear_logprobs(
@@ -300,6 +323,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    shard: Shard | None = None,
     ignore_index: int = -100,
     backend: str | Backend = "auto",
     workspace_bytes: int | None = None,
@@ -312,7 +336,7 @@ def linear_logprobs(
         hidden: hidden states ``[..., H]``.
         weight: the head ``[V, H]``.
         labels: shape of hidden without its last dimension; ``ignore_index`` where no log-probability is wanted.
-        bias, logit_scale, softcap, ignore_index, backend, workspace_bytes: as ``preference_loss`` has them.
+        bias, logit_scale, softcap, shard, ignore_index, backend, workspace_bytes: as ``preference_loss`` has them.
 
     Returns:
         The shape of labels, float32 (float64 for float64 inputs), nats, 0 where ignored.
@@ -323,13 +347,18 @@ def linear_logprobs(
     Precision: as ``preference_loss``. Three products of the head's size where the exponentials of all labels fit the
     workspace, in which they wait for backward; four where they do not, two with the head frozen, one without gradients.
     """
-    hidden, head = ready(hidden, Head(weight, bias, logit_scale, softcap))
-    batch, settings = Batch(labels), Settings(None, None, "token", ignore_index, backend, workspace_bytes)
+    settings = Settings(None, None, "token", ignore_index, backend, workspace_bytes)
+    return logprobs_of_head(hidden, Head(weight, bias, logit_scale, softcap, shard), Batch(labels), settings)
+
+
+def logprobs_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> Tensor:
+    """``linear_logprobs`` for values; the settings have no objective."""
+    hidden, head = ready(hidden, head)
     if torch.compiler.is_compiling():
         return operators.logprobs(hidden, head, batch, settings)
     call = prepare(hidden, head, batch, settings).call()
-    out: Tensor = Fused.apply(hidden.reshape(-1, head.features), head.weight, head.bias, head, call)
-    return out.view(labels.shape)
+    out: Tensor = fused(hidden, head, call)
+    return out.view(batch.labels.shape)
 
 
 class OrpoLoss(nn.Module):
@@ -342,7 +371,7 @@ class OrpoLoss(nn.Module):
         >>> loss(hidden, model.lm_head.weight, labels).loss.backward()
     """
 
-    NAMES = ("beta", *Head._fields[2:], *Settings._fields[1:])
+    NAMES = ("beta", "logit_scale", "softcap", "shard", *Settings._fields[1:])
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

@@ -186,21 +186,85 @@ class DPO:
             ValueError: the caller gave no reference_logps.
         """
         chosen, rejected = self.rewards(pairs)
-        margin, smoothing = chosen - rejected, self.label_smoothing
-        if smoothing == 0:  # an infinite margin has no second term
-            return -F.logsigmoid(margin)
-        return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+        return _logistic(chosen - rejected, self.label_smoothing)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         chosen, rejected = pairs.reference()
         return self.beta * (pairs.chosen_sum - chosen), self.beta * (pairs.rejected_sum - rejected)
 
 
-def _check_numbers(objective: Any) -> None:
-    """Every field a finite float that is not negative; inside a compiled graph the operator asks again."""
+@dataclass(frozen=True)
+class CPO:
+    """TRL's losses over pairs without a reference model, beside the NLL of the answers, under its names.
+
+    With l the log-probability of an answer, r = l or, under an ``alpha`` that is not 0 (AlphaPO, arXiv 2501.03884),
+    r = (1 - exp(-alpha l)) / alpha, s the label smoothing and d = r_w - r_l:
+
+        "sigmoid"  l is the sum     -(1 - s) logsigmoid(beta d) - s logsigmoid(-beta d)   arXiv 2401.08417, equation 3
+        "simpo"    l is the mean    the same of beta d - gamma                            arXiv 2405.14734, equation 6
+        "hinge"    l is the sum     relu(1 - beta d)                                      arXiv 2305.10425
+        "ipo"      l is the mean    (d - 1 / (2 beta))^2                                  arXiv 2310.12036, equation 17
+
+    ``gamma`` is TRL's ``simpo_gamma`` and is read by "simpo" alone, ``label_smoothing`` by "sigmoid" and "simpo", and
+    ``nll_weight`` is TRL's ``cpo_alpha``.
+    """
+
+    beta: float = 0.1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    gamma: float = 0.5
+    alpha: float = 0.0
+    nll_weight: float = 1.0
+
+    LOSS_TYPES: ClassVar[tuple[str, ...]] = ("sigmoid", "hinge", "ipo", "simpo")
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in self.LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {self.LOSS_TYPES}, got {self.loss_type!r}")
+        _check_numbers(self, signed=("gamma", "alpha"), text=("loss_type",))
+        if not torch.compiler.is_compiling():
+            number("beta", self.beta, positive=self.loss_type == "ipo")
+            if self.label_smoothing > 1:
+                raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = self._shaped(pairs)
+        difference = chosen - rejected
+        if self.loss_type == "hinge":
+            return F.relu(1 - self.beta * difference)
+        if self.loss_type == "ipo":
+            return (difference - 1 / (2 * self.beta)) ** 2
+        return _logistic(
+            self.beta * difference - (self.gamma if self.loss_type == "simpo" else 0), self.label_smoothing
+        )
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        chosen, rejected = self._shaped(pairs)
+        return self.beta * chosen, self.beta * rejected
+
+    def _shaped(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """The rewards of the answers before beta, chosen and rejected."""
+        means = self.loss_type in ("ipo", "simpo")
+        chosen, rejected = (pairs.chosen_mean, pairs.rejected_mean) if means else pairs[:2]
+        if self.alpha == 0:
+            return chosen, rejected
+        return -torch.expm1(-self.alpha * chosen) / self.alpha, -torch.expm1(-self.alpha * rejected) / self.alpha
+
+
+def _logistic(margin: Tensor, smoothing: float) -> Tensor:
+    """``-logsigmoid`` of the margin, with the share ``smoothing`` of its opposite."""
+    if smoothing == 0:  # an infinite margin has no second term
+        return -F.logsigmoid(margin)
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def _check_numbers(objective: Any, *, signed: tuple[str, ...] = (), text: tuple[str, ...] = ()) -> None:
+    """Every field but ``text`` a finite float, not negative unless ``signed``; a compiled graph's operator asks."""
     if not torch.compiler.is_compiling():
-        for field in fields(objective):
-            object.__setattr__(objective, field.name, number(field.name, getattr(objective, field.name)))
+        for name in (field.name for field in fields(objective) if field.name not in text):
+            value = number(name, getattr(objective, name), signed=name in signed)
+            object.__setattr__(objective, name, value)
 
 
 def metric_names(objective: Any) -> tuple[str, ...]:

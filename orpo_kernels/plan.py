@@ -77,6 +77,7 @@ def choose(
     *,
     vocab: int,
     features: int,
+    trained: int | None = None,  # the last columns of weight that take a gradient; None for all of them
     dtype: torch.dtype,  # of hidden and weight
     workspace_bytes: int | None,
     backend: Backend,
@@ -89,18 +90,21 @@ def choose(
     as far as the backend's least scratch allows.
     """
     everything = Group(0, len(sizes.pairs), 0, sizes.count)
+    columns = features if trained is None else trained
+    thin = "" if columns == features else f"; the weight's product has {columns} of {features} columns"
     # A returned gradient in the accumulation dtype serves as its own accumulator.
-    accumulator = 0 if grad_dtype(dtype) == acc_dtype(dtype) else 4 * vocab * features
+    accumulator = 0 if grad_dtype(dtype) == acc_dtype(dtype) else 4 * vocab * columns
     streaming = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes  # of a pass that stores no E
     limit = streaming + accumulator if workspace_bytes is None else workspace_bytes
 
     def plan(name: str, passes: int, reason: str, groups: tuple[Group, ...] = (everything,)) -> Plan:
         store, sums = name == "store", accumulator if len(groups) > 1 else 0
+        after = thin if name in ("store", "recompute") else ""
         budget = limit - sums if store else streaming
         largest = max(group.last - group.first for group in groups)
         cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
         held = (cost.stored, sums, cost.scratch, cost.budget)
-        return Plan(name, passes, groups, sizes.count, sizes.positions, *held, reason, backend.name)
+        return Plan(name, passes, groups, sizes.count, sizes.positions, *held, reason + after, backend.name)
 
     def fits(n: int, budget: int) -> bool:
         return need(n, budget) <= budget

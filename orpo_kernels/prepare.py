@@ -14,6 +14,7 @@ from orpo_kernels.backends import GivenPairs, acc_dtype, select
 from orpo_kernels.engine import Call
 from orpo_kernels.plan import Plan, choose
 from orpo_kernels.settings import Batch, Head, Needs, Settings, checked, checked_head
+from orpo_kernels.shards import Shard
 from orpo_kernels.targets import Targets, label_sizes, label_targets, pair_sizes
 
 
@@ -28,6 +29,13 @@ def ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Numbers checked, and tensors cast as autocast would for ``F.linear``; float64 is left alone, as it leaves it."""
     if not torch.compiler.is_compiling():
         head = checked_head(head)
+        if hasattr(head.weight, "full_tensor"):  # a DTensor
+            hidden, head = _own_rows(hidden, head)
+    elif head.shard is not None or hasattr(head.weight, "full_tensor"):
+        raise TypeError(
+            "inside torch.compile the head must be whole, got one that is split over ranks: call the loss outside the "
+            "compiled region"
+        )
     device = hidden.device.type if isinstance(hidden, Tensor) and not hidden.is_meta else "cpu"
     if not torch.is_autocast_enabled(device):
         return hidden, head
@@ -38,6 +46,33 @@ def ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
         return tensor.to(dtype) if eligible else tensor
 
     return cast(hidden), head._replace(weight=cast(head.weight), bias=cast(head.bias))
+
+
+def _own_rows(hidden: Any, head: Head) -> tuple[Any, Head]:
+    """The rows that this rank holds of a head whose weight is a DTensor, where its ranks hold the same hidden states.
+
+    That is so if ``shard`` says it, or the mesh's dimension is called "tp", as transformers, accelerate and torchtitan
+    call it. Under FSDP2 the weight looks alike but hidden states differ: any other is left for ``checks`` to refuse.
+
+    Raises:
+        ValueError: hidden is split, or the weight is not split as ``Shard.of`` asks.
+    """
+    weight, bias, shard = head.weight, head.bias, head.shard
+    if shard is None and getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) != ("tp",):
+        return hidden, head
+    found = Shard.of(weight)
+    if shard is not None and shard.offsets != found.offsets:
+        raise ValueError(f"shard has offsets {shard.offsets}, but weight is split at {found.offsets}: drop shard")
+
+    def own(tensor: Any) -> Any:
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+    if not all(placement.is_replicate() for placement in getattr(hidden, "placements", ())):
+        raise ValueError(
+            f"hidden must be whole on every rank that holds a part of the head, got {hidden.placements}: redistribute "
+            "it to Replicate()"
+        )
+    return own(hidden), head._replace(weight=own(weight), bias=own(bias), shard=shard or found)
 
 
 def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Needs | None = None) -> Prepared:
@@ -57,19 +92,27 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
     labels = batch.labels.long().reshape(-1).contiguous()
     needs = needs or Needs.of(hidden, head)
     backend = select(settings.backend, hidden.device, hidden.dtype)
+    if head.shard is not None and not backend.takes_shards:
+        raise ValueError(f"backend {backend.name} takes no head that is split over ranks: pass 'torch' or 'triton'")
+    group = settings.sequence_group
     plan_of = partial(
         choose,
         needs,
-        vocab=head.vocab,
+        vocab=head.widest,
         features=head.features,
+        trained=head.trained.shape[1],
         dtype=hidden.dtype,
         workspace_bytes=settings.workspace_bytes,
         backend=backend,
     )
     if objective is None:
-        sizes = label_sizes(labels, head.vocab, ignore)
+        sizes = label_sizes(labels, head.whole_vocab, ignore)
         plan = plan_of(sizes, splits=False)
-        return Prepared(plan, lambda: Call(label_targets(labels, sizes, ignore), None, needs, plan, backend))
+
+        def call_of_labels() -> Call:
+            return Call(label_targets(labels, sizes, ignore, head.places), None, needs, plan, backend)
+
+        return Prepared(plan, call_of_labels)
 
     if batch.cu_seqlens is None:
         offsets = checks.padded_offsets(hidden)
@@ -84,8 +127,10 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         "reference_logps", batch.reference_logps, hidden, 2 * pairs, "a sum for each sequence, chosen first"
     )
     checks.check_pair_numbers("margins", batch.margins, hidden, pairs, "one for each pair")
-    sizes, table = pair_sizes(labels, nll_labels, offsets, head.vocab, ignore, backend.count)
-    plan = plan_of(sizes, splits=not getattr(objective, "couples_pairs", False))
+    count = partial(backend.count, labels, nll_labels, offsets, ignore)
+    sizes, table, of_sequences = pair_sizes(labels, head.whole_vocab, ignore, count, group)
+    # Ranks that share sequences add up their sums once; each cuts its own positions as it likes.
+    plan = plan_of(sizes, splits=group is None and not getattr(objective, "couples_pairs", False))
     given = GivenPairs(
         objective,
         settings.weight_of_nll,
@@ -96,7 +141,8 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
 
     def call() -> Call:
         columns = backend.compact(labels, nll_labels, offsets, table, sizes.count, ignore)
-        targets = Targets(columns.rows, columns.ids, sizes, columns.kind, columns.offsets, table)
+        places = head.places(columns.ids)
+        targets = Targets(columns.rows, places, sizes, columns.kind, columns.offsets, of_sequences, group)
         return Call(targets, given, needs, plan, backend)
 
     return Prepared(plan, call)

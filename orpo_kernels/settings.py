@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo_kernels.shards import Shard
+
 
 class Head(NamedTuple):
     """The map from hidden states to logits: ``z = cap(logit_scale * (hidden @ weight.T + bias))``."""
@@ -22,14 +24,37 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # [V]
     logit_scale: float = 1.0  # factor on the logits, positive
     softcap: float | None = None  # cap(z) = softcap * tanh(z / softcap), or None for no cap
+    shard: Shard | None = None  # how the vocabulary is split over ranks; weight and bias are then this rank's rows
+    # [V, r], what the last r columns of weight are copies of, in its dtype or a wider one: it takes the weight's
+    # gradient, and the columns before it have none. An adapter beside a frozen head, which no keyword names.
+    tail: Tensor | None = None
+
+    @property
+    def trained(self) -> Tensor:
+        """What takes the weight's gradient: the weight, or the tail where there is one."""
+        return self.weight if self.tail is None else self.tail
 
     @property
     def vocab(self) -> int:
+        """Tokens that ``weight`` has."""
         return self.weight.shape[0]
+
+    @property
+    def whole_vocab(self) -> int:
+        return self.vocab if self.shard is None else self.shard.vocab
+
+    @property
+    def widest(self) -> int:
+        """Tokens of the rank that holds most."""
+        return self.vocab if self.shard is None else self.shard.widest
 
     @property
     def features(self) -> int:
         return self.weight.shape[1]
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Rows of ``weight``, -1 for tokens whose rows another rank holds."""
+        return tokens if self.shard is None else self.shard.places(tokens)
 
     def cap(self, logits: Tensor) -> Tensor:
         """``softcap * tanh(logits / softcap)``, or the logits themselves without a softcap."""
@@ -52,7 +77,8 @@ class Head(NamedTuple):
 
     def detached(self) -> Head:
         """The same head, unknown to autograd."""
-        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        bias, tail = (None if tensor is None else tensor.detach() for tensor in (self.bias, self.tail))
+        return self._replace(weight=self.weight.detach(), bias=bias, tail=tail)
 
 
 class Batch(NamedTuple):
@@ -82,6 +108,7 @@ class Settings(NamedTuple):
     ignore_index: int = -100  # the label of positions that do not count
     backend: Any = "auto"  # or a backend's name, or a backends.Backend
     workspace_bytes: int | None = None  # bound on what is held beyond inputs and returned gradients
+    sequence_group: Any = None  # a ProcessGroup over whose ranks the positions of every sequence are split
 
     @property
     def weight_of_nll(self) -> float:
@@ -106,11 +133,11 @@ class Needs(NamedTuple):
         if not torch.is_grad_enabled():
             return Needs(False, False, False)
         bias = head.bias
-        return Needs(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad)
+        return Needs(hidden.requires_grad, head.trained.requires_grad, bias is not None and bias.requires_grad)
 
 
-def number(name: str, value: Any, *, positive: bool = False) -> float:
-    """A finite number that is not negative, or is ``positive``, as a float.
+def number(name: str, value: Any, *, positive: bool = False, signed: bool = False) -> float:
+    """A finite number that is not negative, is ``positive``, or is ``signed`` and may be either, as a float.
 
     Raises:
         TypeError: not a number; a tensor would be detached without a word.
@@ -127,8 +154,9 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
         found = float(value)
     except OverflowError:
         found = math.inf
-    if not math.isfinite(found) or found < 0 or (positive and found == 0):
-        raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {found}")
+    if not math.isfinite(found) or (found < 0 and not signed) or (positive and found == 0):
+        rest = "" if signed else " and positive" if positive else " and not negative"
+        raise ValueError(f"{name} must be finite{rest}, got {found}")
     return found
 
 
@@ -144,6 +172,8 @@ def checked_head(head: Head) -> Head:
             softcap = number("softcap", softcap, positive=True)
         except ValueError as error:
             raise ValueError(f"softcap must be finite and positive, or None for no softcap, got {softcap}") from error
+    if head.shard is not None and not isinstance(head.shard, Shard):
+        raise TypeError(f"shard must be an orpo_kernels.Shard or None, got {type(head.shard).__name__}")
     return head._replace(logit_scale=number("logit_scale", head.logit_scale, positive=True), softcap=softcap)
 
 
@@ -162,6 +192,12 @@ def checked(settings: Settings) -> Settings:
     most = settings.workspace_bytes
     if most is not None and (isinstance(most, bool) or not isinstance(most, Integral) or most <= 0):
         raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {most!r}")
+    group = settings.sequence_group
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"sequence_group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}: of a "
+            "DeviceMesh pass .get_group()"
+        )
     return settings._replace(
         ignore_index=int(settings.ignore_index), workspace_bytes=None if most is None else int(most)
     )

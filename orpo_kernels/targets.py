@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from orpo_kernels.shards import largest, summed
 
 ANSWER, NLL = 1, 2  # bits of a target's kind
 
@@ -64,11 +66,12 @@ class Targets:
     """N targets; in order of pairs where there are pairs, so that a run of whole pairs is a plain slice."""
 
     rows: Tensor
-    ids: Tensor
+    ids: Tensor  # rows of the head's weight, -1 where another rank holds it
     sizes: Sizes
     kind: Tensor | None = None
     offsets: Tensor | None = None
-    counts: Tensor | None = None  # [2P, 8], a row of Counts for each sequence, chosen first
+    counts: Tensor | None = None  # [2P, 8], a row of Counts for each whole sequence, chosen first
+    group: Any = None  # of the ranks that hold other positions of the same sequences
 
     def pairs(self, first: int, last: int, begin: int, end: int) -> Pairs:
         """Pairs ``first`` to ``last``, whose targets are ``begin`` to ``end``, and how these belong to them."""
@@ -76,7 +79,7 @@ class Targets:
         assert self.offsets is not None
         assert self.counts is not None
         offsets = self.offsets[2 * first : 2 * last + 1]
-        return Pairs(self.kind[begin:end], offsets, self.counts, self.sizes, first, last, begin)
+        return Pairs(self.kind[begin:end], offsets, self.counts, self.sizes, first, last, begin, self.group)
 
 
 class Pairs(NamedTuple):
@@ -89,17 +92,23 @@ class Pairs(NamedTuple):
     first: int
     last: int
     begin: int
+    group: Any = None
 
     def per_pair(self, column: int) -> Tensor:
         """A column of the counts, ``[G, 2]``: chosen and rejected."""
         return self.counts[:, column].view(2, -1)[:, self.first : self.last].T
 
     def sums(self, values: Tensor, bit: int) -> Tensor:
-        """Sums over the targets of a kind (0: over all), ``[G, 2]``. A value that does not count may be infinite."""
+        """Sums over the targets of a kind (0: over all), ``[G, 2]``, of every rank that holds positions of the pairs.
+
+        A value that does not count may be infinite.
+        """
         if bit:
             values = torch.where(self.kind & bit != 0, values, 0)
         # In float64, as segment_reduce adds one after the other.
         found: Tensor = torch.segment_reduce(values.double(), "sum", offsets=self.offsets - self.begin, initial=0)
+        if self.group is not None:
+            found = summed(found, self.group)
         return found.to(values.dtype).view(-1, 2)
 
     def nll_share(self, by_sequence: bool, dtype: torch.dtype) -> Tensor:
@@ -120,35 +129,45 @@ class Pairs(NamedTuple):
 
 def pair_sizes(
     labels: Tensor,  # [positions], flattened
-    nll_labels: Tensor,  # [positions], flattened; the chosen half counts
-    offsets: Tensor,  # [2P + 1] int64, where each sequence begins; chosen 0..P-1, then rejected
     vocab: int,
     ignore_index: int,
-    count: Callable[[Tensor, Tensor, Tensor, int], Tensor],
-) -> tuple[Sizes, Tensor]:
-    """``Sizes``, and the table of ``count``, by the one device-to-host copy of a call, which checks the labels too.
+    count: Callable[[], Tensor],
+    group: Any = None,  # of the ranks that hold other positions of the same sequences
+) -> tuple[Sizes, Tensor, Tensor]:
+    """``Sizes``, the table of ``count``, and that of whole sequences, by the one device-to-host copy of a call.
+
+    The copy checks the labels too. Groups and rows are of this rank's positions, what means divide by of all.
 
     Raises:
         ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
         RuntimeError: a CUDA graph is being captured.
     """
     _refuse_capture(labels)
-    pairs = (offsets.numel() - 1) // 2
-    table = count(labels, nll_labels, offsets, ignore_index)
-    host = [Counts(*row) for row in table.tolist()]
+    table = count()
+    whole = table if group is None else _of_all_ranks(table, group)
+    rows = [Counts(*row) for row in (table if group is None else torch.cat([table, whole])).tolist()]
+    own, host = rows[: len(table)], rows[-len(table) :]
+    pairs = len(host) // 2
     for name, low, high in (("labels", "low", "high"), ("nll_labels", "nll_low", "nll_high")):
         lowest, highest = min(getattr(row, low) for row in host), max(getattr(row, high) for row in host)
         _check_labels(name, lowest, highest, vocab, ignore_index)
-    sizes = [row.first + row.separate for row in host]
-    return Sizes(
-        pairs=tuple(a + b for a, b in zip(sizes[:pairs], sizes[pairs:], strict=True)),
+    sizes, mine = ([row.first + row.separate for row in each] for each in (host, own))
+    found = Sizes(
+        pairs=tuple(a + b for a, b in zip(mine[:pairs], mine[pairs:], strict=True)),
         sides=(sum(sizes[:pairs]), sum(sizes[pairs:])),
         valid=sum(1 for a, b in zip(host[:pairs], host[pairs:], strict=True) if a.answers and b.answers),
         nll=sum(row.nlls for row in host),
         nll_sequences=sum(1 for row in host if row.nlls),
-        shared_rows=any(row.separate for row in host),
+        shared_rows=any(row.separate for row in own),
         positions=labels.numel(),
-    ), table
+    )
+    return found, table, whole
+
+
+def _of_all_ranks(table: Tensor, group: Any) -> Tensor:
+    """Counts added up, ranges joined: so a label that cannot be is an error on every rank, and none waits."""
+    signs = table.new_tensor([-1, 1, -1, 1])
+    return torch.cat([summed(table[:, :4], group), largest(table[:, 4:] * signs, group) * signs], 1)
 
 
 def count(labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
@@ -215,10 +234,10 @@ def label_sizes(labels: Tensor, vocab: int, ignore_index: int) -> Sizes:
     return Sizes((found,), (found, 0), 0, 0, 0, False, labels.numel())
 
 
-def label_targets(labels: Tensor, sizes: Sizes, ignore_index: int) -> Targets:
-    """A target for each label ``[positions]`` that is not ignored, in order."""
+def label_targets(labels: Tensor, sizes: Sizes, ignore_index: int, places: Callable[[Tensor], Tensor]) -> Targets:
+    """A target for each label ``[positions]`` that is not ignored, in order; ``places`` has its rows of the head."""
     rows = torch.nonzero_static(labels != ignore_index, size=sizes.count).view(-1)
-    return Targets(rows, labels[rows], sizes)
+    return Targets(rows, places(labels[rows]), sizes)
 
 
 def _refuse_capture(labels: Tensor) -> None:

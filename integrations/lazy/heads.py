@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orpo_kernels.backends import check_name
-from orpo_kernels.integrations.hf_head import replace_forward
+from orpo_kernels.integrations.adapters import callees, linear_head, refusal
+from orpo_kernels.integrations.detours import BREAKS, replace_forward, restore_forward, uncompiled
 from orpo_kernels.integrations.lazy.nodes import lazy_logits
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.rows import Inputs, Root, Site, expire
@@ -37,18 +38,22 @@ class _LazyForward:
 
     ours = True  # as other code of this package asks a forward that was replaced
 
-    own: Callable[[Tensor], Tensor]  # what it stands in for
+    own: Callable[..., Tensor]  # what it stands in for
 
-    def __init__(self, head: nn.Linear, site: Site) -> None:
+    def __init__(self, head: nn.Module, site: Site) -> None:
         self.head, self.site = head, site
 
-    @torch._dynamo.disable
-    def __call__(self, input: Tensor) -> Tensor:
-        head = self.head
-        if not self._gains(input):
+    @torch._dynamo.disable(reason=BREAKS)
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        head: Any = self.head
+        if args or kwargs or not self._gains(input):  # peft's layers may be told which adapter each sequence takes
+            return self.own(input, *args, **kwargs)
+        if hasattr(head, "base_layer") and (why := refusal(head)) is not None:  # its adapters may have changed
+            self.site.report.note(f"the logits are not lazy, because {why}")
             return self.own(input)
-        weight: Tensor = head.weight
-        bias: Tensor | None = head.bias
+        of_head: Tensor = head.weight
+        input, found = linear_head(head, input)
+        weight, bias, tail = found.weight, found.bias, found.tail
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # which autocast leaves alone
             to = torch.get_autocast_dtype(device)
@@ -56,12 +61,13 @@ class _LazyForward:
             bias = None if bias is None else bias.to(to)
         if input.dtype != weight.dtype:
             return self.own(input)  # whose error names both
-        needs, inputs = Needs.of(input, Head(weight, bias)), Inputs(input, weight, bias)
-        # A cast copy of the weight is not what an optimiser changes.
-        trainable = weight is head.weight and weight.requires_grad
-        root = Root(self.site, inputs, needs, sequences=input.shape[:-2].numel(), trainable=trainable)
+        needs, inputs = Needs.of(input, Head(weight, bias, tail=tail)), Inputs(input, weight, bias)
+        # A copy of the weight, cast or with adapters beside it, is not what an optimiser changes.
+        trainable = weight is of_head and weight.requires_grad
+        root = Root(self.site, inputs, needs, sequences=input.shape[:-2].numel(), trainable=trainable, tail=tail)
         self.site.report.calls += 1
-        return lazy_logits(root, input, weight, bias, input.dtype)
+        self.site.report.rows += root.rows.numel()
+        return lazy_logits(root, input, weight, bias, tail, input.dtype)
 
     def replica(self) -> nn.Module:
         """For ``nn.DataParallel``, which gathers the logits of all devices: the head with its stock forward."""
@@ -84,7 +90,7 @@ class _LazyForward:
 
 def fuse(
     model: nn.Module,
-    head: nn.Linear | None = None,
+    head: nn.Module | None = None,
     *,
     backend: str | None = None,
     workspace_bytes: int | None = None,
@@ -95,7 +101,8 @@ def fuse(
     computed without them, and the model's output is used as before. An operation that is not known gets the full
     logits, with a warning that names its line. ``print(fusion_report(model))`` says what became of the logits.
 
-    A model whose head is no plain ``nn.Linear`` is left alone: a warning and the report say why.
+    A model whose head is neither a plain ``nn.Linear`` nor one with peft's LoRA is left alone: a warning and the report
+    say why. Fuse after peft has put its adapters in, or once more.
 
     Args:
         model: a model whose ``get_output_embeddings()`` names its head, also inside peft; or any module with ``head``.
@@ -124,6 +131,9 @@ def fuse(
         _watching.append(register_optimizer_step_pre_hook(expire))
     ours = {id(module): forward for forward, module in _lazy_heads(model)}
     for module in found:
+        inner = getattr(module, "base_layer", None)
+        if id(inner) in ours:  # fused before peft's layer came around it
+            _give_back(ours[id(inner)], inner)
         forward = ours.get(id(module))
         if forward is None:  # also the head that took an earlier one's place
             forward = _LazyForward(module, Site(module, *settings))
@@ -138,15 +148,18 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give the model's head its own forward back. Logits that are there already stay lazy."""
     report = fusion_report(model)
     for forward, module in _lazy_heads(model):
-        vars(module).pop("_replicate_for_data_parallel", None)
-        if vars(module).get("_old_forward") is forward:
-            module._old_forward = forward.own  # type: ignore[assignment]
-        elif vars(module).get("forward") is forward:
-            del module.forward
-            if module.forward != forward.own:  # one that somebody had put there
-                module.forward = forward.own  # type: ignore[method-assign,assignment]
+        _give_back(forward, module)
     report.fused = False
     return model
+
+
+def _give_back(forward: _LazyForward, module: Any) -> None:
+    """Give a module its own forward back."""
+    vars(module).pop("_replicate_for_data_parallel", None)
+    if vars(module).get("_old_forward") is forward:
+        module._old_forward = forward.own
+    else:
+        restore_forward(module, forward, forward.own)
 
 
 def fusion_report(model: nn.Module) -> Report:
@@ -195,35 +208,44 @@ def patch_transformers(*, backend: str | None = None, workspace_bytes: int | Non
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    _Everywhere.settings = Settings.chosen(backend, workspace_bytes)
-    PreTrainedModel.__call__ = _Everywhere.call
+    _everywhere.settings = Settings.chosen(backend, workspace_bytes)
+    PreTrainedModel.__call__ = _everywhere
 
 
 def unpatch_transformers() -> None:
     """Give transformers' models their own call back, and those that were fused by it their head's forward."""
     from transformers.modeling_utils import PreTrainedModel
 
-    if vars(PreTrainedModel).get("__call__") is _Everywhere.call:
+    if vars(PreTrainedModel).get("__call__") is _everywhere:
         del PreTrainedModel.__call__
-    for model in list(_Everywhere.seen):
+    for model in list(_everywhere.seen):
         unfuse(model)
-    _Everywhere.seen.clear()
+    _everywhere.seen.clear()
 
 
 class _Everywhere:
     """What ``patch_transformers`` has put in place."""
 
-    settings = Settings()
-    seen: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+    def __init__(self) -> None:
+        self.settings = Settings()
+        self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    @staticmethod
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of ``PreTrainedModel.__call__``."""
-        if not torch.compiler.is_compiling() and model not in _Everywhere.seen:
-            _Everywhere.seen.add(model)
+    def __get__(self, model: Any, cls: type) -> Callable[..., Any]:
+        """``PreTrainedModel.__call__``: read when a model is called, and when ``torch.compile`` wraps one.
+
+        On the class it is the stock method, so that dynamo traces calls of models within models as ever.
+        """
+        if model is None:
+            return nn.Module.__call__
+        if model not in self.seen:
+            self.seen.add(model)
             if model.can_generate():  # before 4.52 every model is a GenerationMixin, those without a head too
-                fuse(model, **_Everywhere.settings._asdict())
-        return nn.Module.__call__(model, *args, **kwargs)
+                fuse(model, **self.settings._asdict())
+        bound: Callable[..., Any] = nn.Module.__call__.__get__(model)
+        return bound
+
+
+_everywhere = _Everywhere()
 
 
 def reports() -> list[tuple[str, Report]]:
@@ -231,8 +253,9 @@ def reports() -> list[tuple[str, Report]]:
     return list(_met)
 
 
-def heads_of(model: nn.Module) -> list[nn.Linear] | str:
-    """The linear modules that make the model's logits, or why there is none to replace."""
+def heads_of(model: nn.Module) -> list[nn.Module] | str:
+    """The modules that make the model's logits, or why there is none to replace."""
+    model = uncompiled(model)
     whose = getattr(getattr(model.forward, "__func__", model.forward), "__module__", "").partition(".")[0]
     if whose in LOSS_WITHOUT_HEAD:
         return f"its forward is {whose}'s, which computes its loss without calling the head"
@@ -242,12 +265,10 @@ def heads_of(model: nn.Module) -> list[nn.Linear] | str:
         head = None
     if head is None:
         return f"{type(model).__name__} names no output embeddings: pass head="
-    found = [head]
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        found = [head.original_module, *head.modules_to_save.values()]
+    found = [uncompiled(module) for module in callees(head)]
     for module in found:
-        if type(module) is not nn.Linear:
-            return f"its head is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
+        if (why := refusal(module)) is not None:
+            return why
         here = vars(module).get("_old_forward", vars(module).get("forward"))
         if here is not None and not getattr(here, "ours", False):
             return "its head's forward was replaced already"

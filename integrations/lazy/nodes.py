@@ -19,10 +19,13 @@ class HeadNode(torch.autograd.Function):
     """From hidden and head to logits that are not there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: View) -> LazyLogits:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, view: View
+    ) -> LazyLogits:
         ctx.save_for_backward(hidden, weight, bias)
         view.root.node, ctx.unpacked = weakref.ref(ctx), None
         ctx.set_materialize_grads(False)
+        ctx.tailed = tail is not None
         ctx.view, ctx.hidden_shape, ctx.hidden_dtype = view, hidden.shape, hidden.dtype
         return LazyLogits(view)
 
@@ -30,17 +33,16 @@ class HeadNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         inputs = ctx.view.root.unpacked(ctx)
-        weight, bias = inputs.weight, inputs.bias
+        bias, of_weight, of_tail = inputs.bias, None, None
         grads = ctx.view.root.backward(list(terms_of(grad, ctx.view).values()), inputs)
         hidden = None if grads.hidden is None else grads.hidden.to(ctx.hidden_dtype).view(ctx.hidden_shape)
-        return (
-            hidden,
-            None if grads.weight is None else grads.weight.to(weight.dtype),
-            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
-            None,
-        )
+        if grads.weight is not None:
+            found = grads.weight.to(ctx.view.root.trained_dtype)
+            of_weight, of_tail = (None, found) if ctx.tailed else (found, None)
+        of_bias = None if grads.bias is None or bias is None else grads.bias.to(bias.dtype)
+        return hidden, of_weight, of_bias, of_tail, None
 
 
 class ViewNode(torch.autograd.Function):
@@ -117,8 +119,11 @@ class ReduceNode(torch.autograd.Function):
         return None if grad is None else LazyGrad(ctx.view, ctx.terms(grad)), None, None
 
 
-def lazy_logits(root: Root, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LazyLogits:
+def lazy_logits(
+    root: Root, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, dtype: torch.dtype
+) -> LazyLogits:
     """The logits of a call of a head on ``hidden [..., H]``."""
     rows = root.rows.view(hidden.shape[:-1])
-    out: LazyLogits = HeadNode.apply(hidden, weight, bias, View(root, rows, root.identity, dtype, graph=object()))
+    view = View(root, rows, root.identity, dtype, graph=object())
+    out: LazyLogits = HeadNode.apply(hidden, weight, bias, tail, view)
     return out

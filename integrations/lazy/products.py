@@ -27,7 +27,9 @@ class _Sums:
         self.root, (self.weight, self.bias) = root, weights
         dtype = grad_dtype(root.hidden.dtype)
         self.hidden = torch.zeros_like(root.hidden, dtype=dtype) if root.needs.hidden else None
-        self.grad_weight = torch.zeros_like(self.weight, dtype=dtype) if root.needs.weight else None
+        shape, of_weight = (self.weight.shape[0], root.trained), grad_dtype(root.trained_dtype)
+        self.grad_weight = self.weight.new_zeros(shape, dtype=of_weight) if root.needs.weight else None
+        self.share = root.trained / self.weight.shape[1]  # of a product of the head's size, the weight's gradient's
         self.grad_bias = torch.zeros_like(self.bias, dtype=dtype) if root.needs.bias and self.bias is not None else None
 
     def widen(self) -> None:
@@ -44,7 +46,7 @@ class _Sums:
     def add_entries(self, mapping: Map, rows: Tensor, ids: Tensor, values: Tensor) -> None:
         """For ``values [k] = d loss / d z`` at single entries."""
         head = self.root.head(mapping, (self.weight, self.bias))
-        hidden = self.root.hidden_of(mapping)
+        columns = self.grads.columns(self.root.hidden_of(mapping))
         if mapping.softcap is not None:
             values = values * head.slope(self.root.entries(mapping, rows, ids))
         values = values * mapping.scale
@@ -54,7 +56,7 @@ class _Sums:
                 own = each if mapping.row_scale is None else each * mapping.row_scale[row, None]
                 self.hidden.index_add_(0, row, (own * head.weight[token]).to(self.hidden.dtype))
             if self.grad_weight is not None:
-                self.grad_weight.index_add_(0, token, (each * hidden[row]).to(self.grad_weight.dtype))
+                self.grad_weight.index_add_(0, token, (each * columns[row]).to(self.grad_weight.dtype))
         if self.grad_bias is not None:
             own = values if mapping.row_scale is None else values * mapping.row_scale[rows]
             self.grad_bias.index_add_(0, ids, own.to(self.grad_bias.dtype))
@@ -69,7 +71,8 @@ class _Sums:
             total = self.root.site.select(head.weight).mean_weight(head.weight) * head.vocab
             self.hidden += (values[:, None] * total).to(self.hidden.dtype)
         if self.grad_weight is not None:
-            self.grad_weight[: head.vocab] += (values @ self.root.hidden.to(values.dtype)).to(self.grad_weight.dtype)
+            columns = self.grads.columns(self.root.hidden).to(values.dtype)
+            self.grad_weight[: head.vocab] += (values @ columns).to(self.grad_weight.dtype)
         if self.grad_bias is not None:
             self.grad_bias[: head.vocab] += values.sum().to(self.grad_bias.dtype)
 
@@ -137,7 +140,7 @@ class Sparse(_Sums):
             backend.backward(part, each.found, g[each.rows], into, accumulate=written)
             self._add_hidden(table.mapping, each.rows, each.waiting)
             written = True
-            self.root.count(each.rows.numel() * (0 if each.plan.name == "frozen" else 2))
+            self.root.count(each.rows.numel() * (0 if each.plan.name == "frozen" else 1 + self.share))
             del each  # and E with it
         self.root.stored = 0
         for of in groups:
@@ -149,7 +152,8 @@ class Sparse(_Sums):
             backend.backward(part, found, g[rows], into, accumulate=written)
             self._add_hidden(table.mapping, rows, waiting)
             written = True
-            self.root.count(rows.numel() * (1 + (self.hidden is not None) + (self.grad_weight is not None)))
+            of_weight = self.share * (self.grad_weight is not None)
+            self.root.count(rows.numel() * (1 + (self.hidden is not None) + of_weight))
             del found  # and E with it, before the next group's is allocated
         return others
 
@@ -182,13 +186,14 @@ class Dense(_Sums):
             if self.hidden is not None:
                 self.hidden[some] = (total_c @ self.weight.to(dtype)).to(self.hidden.dtype)
             if sums[0] is not None:
-                sums[0] += total_c.T @ hidden_c
+                sums[0] += total_c.T @ self.grads.columns(hidden_c)
             if sums[1] is not None:
                 sums[1] += total.sum(0)
         for grad, found in zip(self.grads[1:], sums, strict=True):
             if grad is not None and found is not None:
                 grad.copy_(found)
-        self.root.count(rows.numel() * (needs_logits + (self.hidden is not None) + (self.grad_weight is not None)))
+        of_weight = self.share * (self.grad_weight is not None)
+        self.root.count(rows.numel() * (needs_logits + (self.hidden is not None) + of_weight))
         for table in self.root.tables.values():
             table.passes.clear()
         return self.grads

@@ -31,6 +31,7 @@ class Report:
     refusal: str | None = None  # why the model is not fused
     fused: bool = False
     calls: int = 0  # of the head, that gave lazy logits
+    rows: int = 0  # hidden states that these calls were given
     products: float = 0.0  # of the head's size, over all rows of a call, forward and backward
     chains: Counter[str] = field(default_factory=Counter)  # operations, from the head to what was computed
     materialised: list[Materialised] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Report:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.calls, self.products = 0, 0.0
+        self.calls, self.rows, self.products = 0, 0, 0.0
         for each in (self.chains, self.materialised, self.plans, self.notes):
             each.clear()  # type: ignore[attr-defined]
 
@@ -49,7 +50,8 @@ class Report:
 
     def take(self, other: Report) -> None:
         """Add what another report counted, that of a copied head."""
-        self.calls, self.products = self.calls + other.calls, self.products + other.products
+        self.calls, self.rows = self.calls + other.calls, self.rows + other.rows
+        self.products += other.products
         self.chains += other.chains
         self.materialised += other.materialised
         self.plans |= other.plans
@@ -83,8 +85,8 @@ class Report:
             return f"not fused: {self.refusal}"
         each = self.products / self.calls if self.calls else 0.0
         lines = [
-            f"{'fused' if self.fused else 'not fused now'}: {self.calls} calls of the head gave lazy logits, "
-            f"{self.products:.2f} products of its size were run ({each:.2f} a call)"
+            f"{'fused' if self.fused else 'not fused now'}: {self.calls} calls of the head gave lazy logits of "
+            f"{self.rows} rows, {self.products:.2f} products of its size were run ({each:.2f} a call)"
         ]
         lines += [f"  {count} x {chain}" for chain, count in self.chains.most_common()]
         lines += [f"  {plan}" for plan in self.plans.values()]

@@ -33,7 +33,7 @@ WATCHED = 8  # backward passes that are looked at to learn how a loss masks
 class Site:
     """A fused head: what outlives its calls."""
 
-    def __init__(self, module: nn.Linear, backend: str, workspace_bytes: int | None) -> None:
+    def __init__(self, module: nn.Module, backend: str, workspace_bytes: int | None) -> None:
         self.module, self.backend, self.workspace_bytes = module, backend, workspace_bytes
         self.report = Report()
         self.moments: dict[Any, set[str]] = {}  # by map, which were wanted: later passes form them in passing
@@ -64,6 +64,19 @@ class Inputs:
         self.versions = _version(self.hidden), _version(self.weight)
 
 
+def _whole(parameter: Any) -> Tensor:
+    """A parameter's tensor, from all ranks where only a part of it is here."""
+    if hasattr(parameter, "full_tensor"):
+        whole: Tensor = parameter.full_tensor()
+        return whole
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -91,7 +104,11 @@ class Root:
 
     node: Callable[[], Any] | None = None  # a weak reference to the head's node, where there is one
 
-    def __init__(self, site: Site, inputs: Inputs, needs: Needs, *, sequences: int, trainable: bool) -> None:
+    def __init__(
+        self, site: Site, inputs: Inputs, needs: Needs, *, sequences: int, trainable: bool, tail: Tensor | None = None
+    ) -> None:
+        trained = inputs.weight if tail is None else tail  # as ``Head.trained``
+        self.trained, self.trained_dtype = trained.shape[1], trained.dtype
         self.site, self.needs, self.sequences, self.trainable = site, needs, sequences, trainable
         self._inputs = weakref.ref(inputs)
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
@@ -106,6 +123,9 @@ class Root:
         self.in_memory = False  # whether something of it was computed in full, and so can be changed by views of that
         self.columns: list[Column] = []
         self._means: dict[int, Tensor] = {}  # by the number of columns, [rows]
+        self.again: tuple[Tensor, Tensor | None] | None = (
+            None  # weight and bias, once gathered after the head's forward
+        )
         self.identity = Map(weight.shape[0], biased=bias is not None)
         _roots[id(self)] = self
 
@@ -146,22 +166,37 @@ class Root:
         """
         inputs = self.inputs()
         weight = inputs.weight
-        sharded = weight.untyped_storage().nbytes() == 0 and weight.numel() > 0  # again, after the head's forward
+        live: Any = self.site.module.weight
+        sharded = self._is_gone(weight)  # again, after the head's forward
         changed = not sharded and _version(weight) != inputs.versions[1]
-        if self.expired or (changed and weight.data_ptr() == self.site.module.weight.data_ptr()):
+        if self.expired or (changed and weight.data_ptr() == live.data_ptr()):
             raise RuntimeError(
                 "orpo_kernels: these logits were not computed yet, and their head's weight has changed since the "
                 "forward (an optimiser's step): compute what is needed of them before, or unfuse(model)"
             )
-        if not sharded:
-            return weight, inputs.bias
-        live: Any = self.site.module.weight
-        if hasattr(live, "full_tensor"):
-            live = live.full_tensor()
-        if live.shape == weight.shape and live.untyped_storage().nbytes():
-            bias: Any = self.site.module.bias
-            bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
-            return live.detach().to(weight.dtype), None if bias is None else bias.detach().to(weight.dtype)
+        return self._whole_again(weight.dtype) if sharded else (weight, inputs.bias)
+
+    def meet(self) -> None:
+        """Gather a weight that was sharded again, which takes all ranks: what each of them has to compute differs."""
+        inputs = self.held()
+        if inputs is not None and not self.expired and self._is_gone(inputs.weight):
+            self._whole_again(inputs.weight.dtype)
+
+    def _whole_again(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if self.again is None:
+            self.again = self._gathered(dtype)
+        return self.again
+
+    def _is_gone(self, weight: Tensor) -> bool:
+        """Whether a wrapper has taken its memory (FSDP) or put nothing in its place (DeepSpeed ZeRO-3)."""
+        return weight.shape[0] != self.identity.vocab or weight.untyped_storage().nbytes() == 0
+
+    def _gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias as they are gathered now, or, where they are not, from all ranks."""
+        live = [each for each in (self.site.module.weight, self.site.module.bias) if each is not None]
+        whole: list[Any] = [_whole(each).detach().to(dtype) for each in live]
+        if not self._is_gone(whole[0]) and whole[0].shape[1] == self.hidden.shape[1]:  # no adapters beside it
+            return whole[0], whole[1] if len(whole) > 1 else None
         raise RuntimeError(
             "orpo_kernels: logits are asked for something after their head's weight was sharded, and it cannot be "
             "gathered again: compute it before, or unfuse(model)"
@@ -263,6 +298,8 @@ class Root:
         from orpo_kernels.integrations.lazy.products import Dense, Sparse
 
         weights = inputs.weight, inputs.bias
+        if self._is_gone(inputs.weight):  # what was saved is unpacked once, and that may be before it is gathered
+            weights = self._gathered(inputs.weight.dtype)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
@@ -344,6 +381,7 @@ class Table:
 
     def moment(self, rows: Tensor, name: str, *, follows: bool = True) -> Tensor:
         """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
+        self.root.meet()
         if not rows.numel():
             return (self.ids if name == "argmax" else self.logps)[rows]
         wanted = "expected" if name == "entropy" else name
@@ -385,6 +423,7 @@ class Table:
         root = self.root
         if ids is not None:
             root.hint(rows, ids)
+        root.meet()
         if self.known.whole:
             return
         if self.family is not None:
@@ -429,6 +468,7 @@ class Table:
             Sizes((n,), (n, 0), 0, 0, 0, False, n),
             vocab=part.head.vocab,
             features=part.head.features,
+            trained=root.trained,
             dtype=part.hidden.dtype,
             workspace_bytes=max(limit - root.stored, 1),
             backend=backend,

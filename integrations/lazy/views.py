@@ -247,7 +247,7 @@ def _broadcast_tensors(*tensors: Any) -> Any:
 
 
 def _index(items: list[Any], device: torch.device) -> Tensor:
-    """A list of places as a tensor; an empty one is of integers as well, where a tensor of nothing would be of floats."""
+    """A list of places as a tensor: of integers also where it is empty, when torch would take floats."""
     return torch.as_tensor(items, device=device) if items else torch.empty(0, dtype=torch.long, device=device)
 
 

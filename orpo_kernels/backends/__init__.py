@@ -45,8 +45,12 @@ class Grads(NamedTuple):
     """Where gradients are written, in ``grad_dtype`` or a wider one; None where none is asked for."""
 
     hidden: Tensor | None  # [rows, H], 0 where no target is
-    weight: Tensor | None
+    weight: Tensor | None  # [V, f], of the last f columns of the weight: f < H where the first ones are frozen
     bias: Tensor | None
+
+    def columns(self, hidden: Tensor) -> Tensor:
+        """Of ``hidden [n, H]`` what multiplies E for the weight's gradient."""
+        return hidden if self.weight is None else hidden[:, hidden.shape[1] - self.weight.shape[1] :]
 
 
 class Part(NamedTuple):
@@ -54,7 +58,7 @@ class Part(NamedTuple):
 
     hidden: Tensor  # [rows, H], all of it
     rows: Tensor  # [n], which of its rows the targets belong to
-    ids: Tensor  # [n], token ids
+    ids: Tensor  # [n], rows of the head's weight; -1 where another rank holds the label's
     head: Head
     scratch: int  # bytes a pass may hold beside its inputs, a stored E and its results
     shared_rows: bool = False  # a row may carry two targets, of this part or of another
@@ -186,6 +190,7 @@ class Backend(ABC):
 
     name: str
     tuned_for: str  # the device type on which "auto" prefers it
+    takes_shards = False  # whether it minds ``Head.shard`` and an id of -1
 
     @abstractmethod
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -224,7 +229,10 @@ class Backend(ABC):
         return targets.compact(labels, nll_labels, offsets, table, size, ignore_index)
 
     def pair_terms(self, found: Found, pairs: Pairs, given: GivenPairs) -> PairTable:
-        """From log-probabilities to what each pair adds to the loss, and back to a coefficient for each target."""
+        """From log-probabilities to what each pair adds to the loss, and back to a coefficient for each target.
+
+        Sums over a sequence are ``pairs.sums``, which knows what other ranks have of it.
+        """
         acc = found.logps.dtype
         lengths = pairs.per_pair(0).to(acc)
         valid = (lengths > 0).all(1)

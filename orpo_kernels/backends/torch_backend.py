@@ -99,6 +99,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     tuned_for = "cpu"
+    takes_shards = True
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
@@ -158,6 +159,8 @@ class TorchBackend(Backend):
         hidden = part.hidden[part.rows].to(compute)
         n, vocab = hidden.shape[0], head.vocab
         label = head.cap(_label_logits(hidden, ids, head, acc) * head.logit_scale)
+        if head.shard is not None:
+            label = head.shard.of_owner(label, ids)
         shift = _representable(label, head, compute)
         exp_logits = _take_exp_logits(vocab, n, hidden) if store else None
 
@@ -193,7 +196,19 @@ class TorchBackend(Backend):
                 exp_logits[:, again] = columns.to(compute)
             del columns  # before the next run's is allocated
 
-        logps, inv_denom, entry = finalize(label, shift, sum_exp, head.slope(label))
+        slope = head.slope(label)
+        if head.shard is not None:
+            common = head.shard.largest(shift)
+            for again in _indices(common > shift):  # overflowed on another rank alone
+                factor = (shift[again] - common[again]).exp()
+                sum_exp[again] *= factor
+                for columns in (product_t, exp_logits):
+                    if columns is not None:
+                        columns[:, again] = (columns[:, again] * factor).to(columns.dtype)
+                overflowed[again] = True
+            shift, sum_exp = common, head.shard.sum(sum_exp)
+            slope = torch.where(ids >= 0, slope, 0.0)  # the label's entry is its owner's
+        logps, inv_denom, entry = finalize(label, shift, sum_exp, slope)
         if exp_logits is not None:
             exp_logits.index_put_((ids, torch.arange(n, device=ids.device)), entry.to(compute))
         waiting = None
@@ -217,7 +232,7 @@ class TorchBackend(Backend):
 
     def _from_stored(self, part: Part, exp_logits: Tensor, coefficients: Tensor, into: Grads, accumulate: bool) -> None:
         """The head's gradients from E, for the last time."""
-        scaled, column = _scaled(part.hidden[part.rows].to(exp_logits.dtype), coefficients)
+        scaled, column = _scaled(into.columns(part.hidden)[part.rows].to(exp_logits.dtype), coefficients)
         vocab, step = part.head.vocab, 2 * tile_rows(exp_logits.shape[1], exp_logits.element_size())
         for tokens in slices(vocab, step):
             if into.weight is not None:
@@ -240,7 +255,7 @@ class TorchBackend(Backend):
                 (rows, Tiles(hidden[rows].to(shift.dtype), ids[rows], head, shift[rows], entry[rows]))
                 for rows in _indices(state.overflowed[of])
             ]
-            return Tiles(hidden, ids, head, shift, entry), again, _scaled(hidden, coefficients[of])
+            return Tiles(hidden, ids, head, shift, entry), again, _scaled(into.columns(hidden), coefficients[of])
 
         ready = prepared(chunks[0])
         step = ready[0].step

@@ -75,6 +75,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     tuned_for = "cuda"
+    takes_shards = True
     least_scratch = 20 << 20  # a gathered chunk or the float32 product of one, at H = 4,096
 
     def __init__(self, *, config: Config | None = None, arch: str | None = None) -> None:
@@ -138,7 +139,7 @@ class TritonBackend(Backend):
         state = _State(shift, inv_denom, label_entry, waiting, exp_logits)
         most = _chunk_rows(features, part.scratch)
         if store:
-            row = features * hidden.element_size() + _sums_bytes(vocab, part.head.softcap is not None)
+            row = features * hidden.element_size() + _sums_bytes(part.head.widest, part.head.softcap is not None)
             most = part.scratch // row
         with _on(hidden):
             for of in _chunks(n, most):
@@ -147,7 +148,7 @@ class TritonBackend(Backend):
                 product = self._forward_rows(chunk, own, logps[of], None if means is None else means[of], wanted)
                 if product is not None and into.hidden is not None:
                     out, out_rows = (into.hidden, chunk.rows) if waiting is None else (waiting[of], None)
-                    label = (own.label_entry, part.head.weight, chunk.ids)
+                    label = (own.label_entry, part.head.weight, _readable(chunk.ids, chunk.head))
                     factor = -part.head.logit_scale
                     kernels.rows.rows(product, out, factor, own.inv_denom, out_rows=out_rows, label=label)
                 del product  # before the next chunk's is allocated
@@ -155,7 +156,7 @@ class TritonBackend(Backend):
 
     def pair_terms(self, found: Found, pairs: Pairs, given: GivenPairs) -> PairTable:
         objective = given.objective
-        if type(objective) is not ORPO:
+        if type(objective) is not ORPO or pairs.group is not None:
             return super().pair_terms(found, pairs, given)
         assert found.logit_means is not None  # asked for
         logps = found.logps
@@ -216,7 +217,11 @@ class TritonBackend(Backend):
         label, sum_exp = torch.empty((2, n), dtype=torch.float32, device=hidden.device)
         overflowed = torch.empty(n, dtype=torch.int32, device=hidden.device)
         shift, label_entry = state.shift, state.label_entry
-        kernels.rows.label(chunk, part.mean_weight, label, label_entry, sum_exp, means)
+        readable = chunk._replace(ids=_readable(ids, head))
+        kernels.rows.label(readable, part.mean_weight, label, label_entry, sum_exp, means)
+        if head.shard is not None:
+            label.copy_(head.shard.of_owner(label, ids))
+            shift.copy_(label)
         width, of_slice, total = vocab, None, None
         if product:
             width = _slice_width(n * _exp_dtype(hidden.dtype).itemsize, vocab, part.scratch)
@@ -235,6 +240,13 @@ class TritonBackend(Backend):
             kernels.rows.rescale(*found, sum_exp, shift, overflowed, before)
             if total is not None and exp_logits is not None:
                 times_head(total, exp_logits, head.weight[tokens], accumulate=tokens.start > 0)
+        if head.shard is not None:
+            common = head.shard.largest(shift)  # other ranks' where rows overflowed on them alone
+            matrix = state.exp_logits if total is None else total
+            lower = (common > shift).int()
+            kernels.rows.rescale(torch.zeros_like(common)[None], common[None], sum_exp, shift, lower, matrix)
+            sum_exp.copy_(head.shard.sum(sum_exp))
+            label_entry.masked_fill_(ids < 0, 0)
         kernels.rows.finalize(label, shift, sum_exp, logps, state.inv_denom, label_entry)
         if state.exp_logits is not None:
             kernels.rows.label_entries(state.exp_logits, label_entry, ids, 0)
@@ -268,14 +280,15 @@ class TritonBackend(Backend):
         self, exp_logits: Tensor, part: Part, coefficients: Tensor, grads: Sequence[Tensor | None], accumulate: bool
     ) -> None:
         """The head's gradients from E of some tokens: ``E^T @ (k * hidden)`` and ``E^T @ k``."""
-        (n, features), (grad_weight, grad_bias) = (part.rows.numel(), part.hidden.shape[1]), grads
+        n, (grad_weight, grad_bias) = part.rows.numel(), grads
         if grad_weight is not None:
+            features, hidden = grad_weight.shape[1], Grads(None, grad_weight, None).columns(part.hidden)
             # By columns, so that little scratch still serves any number of targets; E is read once for each.
             most = max(part.scratch // (n * exp_logits.element_size()), PRODUCT_COLUMNS)
             columns = -(-features // -(-features // most))
             for of in slices(features, -(-columns // 64) * 64):
                 scaled = exp_logits.new_empty((n, of.stop - of.start))
-                kernels.rows.rows(part.hidden[:, of], scaled, 1.0, coefficients, source_rows=part.rows)
+                kernels.rows.rows(hidden[:, of], scaled, 1.0, coefficients, source_rows=part.rows)
                 product(grad_weight[:, of], exp_logits.T, scaled, accumulate=accumulate)
                 del scaled  # before the next slice's is allocated
         if grad_bias is not None:
@@ -342,6 +355,11 @@ def _addressable(head: Head) -> Head:
     """The head as kernels read it, features and biases next to each other; views that are not so are copied."""
     weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
     return head._replace(weight=weight, bias=None if head.bias is None else head.bias.contiguous())
+
+
+def _readable(ids: Tensor, head: Head) -> Tensor:
+    """Rows of the weight that are there to be read, any for a label that another rank holds."""
+    return ids if head.shard is None else ids.clamp(min=0)
 
 
 def _chunk_rows(features: int, room: int) -> int:

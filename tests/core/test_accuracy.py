@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
 from orpo_kernels.backends import torch_backend, torch_tiles
 from orpo_kernels.backends.triton_backend import TritonBackend
+from orpo_kernels.loss import orpo_of_head
+from orpo_kernels.objectives import ORPO
+from orpo_kernels.settings import Batch, Head, Settings
 from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, check, every_run, make, relative
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -202,3 +205,20 @@ def test_only_the_gradients_asked_for(matters: tuple[str, ...], backend: str) ->
     else:
         assert not case.ours(backend=backend).loss.requires_grad
         torch.testing.assert_close(case.ours(backend=backend).loss, case.reference()["loss"])
+
+
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_last_columns_of_a_weight(backend: str, workspace: int | None) -> None:
+    """Where the others are frozen, the gradient is that of the last columns, in every plan."""
+    case = make(torch.float32, features=24, vocab=300, bias=True)
+    options = Settings(ORPO(0.1), backend=backend, workspace_bytes=workspace)
+    batch, tail = Batch(case.labels), case.weight[:, 16:].detach().requires_grad_()
+    head = Head(case.weight, case.bias)
+    whole = orpo_of_head(case.hidden, head, batch, options).loss
+    part = orpo_of_head(case.hidden, head._replace(weight=case.weight.detach(), tail=tail), batch, options).loss
+    assert torch.equal(part, whole)
+    of_hidden, of_weight, of_bias = torch.autograd.grad(whole, (case.hidden, case.weight, case.bias))
+    found = torch.autograd.grad(part, (case.hidden, tail, case.bias))
+    for ours, expected in zip(found, (of_hidden, of_weight[:, 16:], of_bias), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orpo_kernels import OrpoLoss, OrpoOutput, linear_logprobs, orpo_loss, preference_loss
-from orpo_kernels.objectives import DPO, ORPO, PairLogps, SimPO
+from orpo_kernels.objectives import CPO, DPO, ORPO, PairLogps, SimPO
 from orpo_kernels.operators import pack, unpack
 from orpo_kernels.settings import Batch, Head, Settings
 from tests.cases import DEVICE, Case, make
@@ -100,7 +100,9 @@ def largest_margin(pairs: PairLogps) -> torch.Tensor:
     return torch.nn.functional.softplus(pairs.rejected_mean - pairs.chosen_mean)
 
 
-@pytest.mark.parametrize("objective", [SimPO(2.0, 0.5), DPO(0.1), largest_margin], ids=["simpo", "dpo", "function"])
+@pytest.mark.parametrize(
+    "objective", [SimPO(2.0, 0.5), DPO(0.1), CPO(0.3, "ipo"), largest_margin], ids=["simpo", "dpo", "cpo", "function"]
+)
 def test_one_graph_over_any_objective(objective: Any) -> None:
     case = make(torch.float64)
     reference = torch.randn(4, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -42,7 +42,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "transposed weight": ({"weight": torch.randn(8, 20)}, ValueError, "weight looks transposed; pass weight.T"),
     "another head": ({"weight": torch.randn(20, 9)}, ValueError, "hidden has 8 features but weight has 9 columns"),
     "flat weight": ({"weight": torch.randn(8)}, ValueError, r"weight must be \[V, H\], got shape \[8\]"),
-    "empty weight": ({"weight": torch.empty(0)}, ValueError, r"weight is empty.*ZeRO-3.*GatheredParameters"),
+    "empty weight": ({"weight": torch.empty(0)}, ValueError, r"weight is empty.*ZeRO-3.*a head derived from nn.Linear"),
     "meta weight": ({"weight": torch.empty(20, 8, device="meta")}, ValueError, "meta device"),
     "mixed dtypes": ({"weight": WEIGHT.bfloat16()}, TypeError, "weight is torch.bfloat16 but hidden is torch.float32"),
     "bias of another shape": ({"bias": torch.zeros(8)}, ValueError, r"bias must be \[20\].*got shape \[8\]"),
@@ -119,6 +119,14 @@ def test_sharded_weight_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"weight is a sharded DTensor.*full_tensor\(grad_placements"):
         orpo_loss(HIDDEN, Sharded(WEIGHT), LABELS)
+
+
+def test_a_weight_whose_memory_is_gone_is_refused() -> None:
+    """As one is that was kept from inside a forward of FSDP: reading it would be reading anything."""
+    weight = WEIGHT.clone()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"weight has no memory any more.*in the forward of the module that owns"):
+        orpo_loss(HIDDEN, weight, LABELS)
 
 
 def test_a_module_is_checked_when_it_is_made() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels import objectives, orpo_loss, preference_loss, reference
-from orpo_kernels.objectives import DPO, ORPO, PairLogps, PairTerms, SimPO
+from orpo_kernels.objectives import CPO, DPO, ORPO, PairLogps, PairTerms, SimPO
 from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, every_run, make, relative
 
 
@@ -23,6 +23,7 @@ def hinge(pairs: PairLogps) -> Tensor:
 
 
 OBJECTIVES: dict[str, Any] = {"orpo": ORPO(0.3), "simpo": SimPO(2.5, 0.3), "dpo": DPO(0.2, 0.1), "own": hinge}
+OBJECTIVES |= {f"cpo {kind}": CPO(0.2, kind, 0.1, 0.4, 0.05) for kind in CPO.LOSS_TYPES}
 
 
 def given(case: Case, seed: int = 5) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ def test_formulas_of_the_papers() -> None:
     torch.testing.assert_close(DPO(0.1, 0.2)(pairs), smoothed)
 
 
-@pytest.mark.parametrize("objective", [ORPO(), SimPO(), DPO()], ids=str)
+@pytest.mark.parametrize("objective", [ORPO(), SimPO(), DPO(), *(CPO(loss_type=k) for k in CPO.LOSS_TYPES)], ids=str)
 def test_closed_forms_agree_with_autograd_and_extremes_are_finite(objective: Any) -> None:
     levels = -torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 0.5, 3.0, 40.0, 900.0], dtype=torch.float64)
     chosen, rejected = (grid.reshape(-1) for grid in torch.meshgrid(levels, levels, indexing="ij"))
@@ -317,6 +318,11 @@ def test_bad_input(case: str) -> None:
         (lambda: ORPO(-1.0), "beta must be finite and not negative, got -1.0"),
         (lambda: SimPO(2.0, float("nan")), "gamma must be finite"),
         (lambda: DPO(0.1, 0.5), "label_smoothing must be below 0.5, got 0.5"),
+        (lambda: CPO(loss_type="kto"), r"loss_type must be one of \('sigmoid', 'hinge', 'ipo', 'simpo'\), got 'kto'"),
+        (lambda: CPO(0.0, "ipo"), "beta must be finite and positive, got 0.0"),
+        (lambda: CPO(label_smoothing=1.1), "label_smoothing must be at most 1, got 1.1"),
+        (lambda: CPO(alpha=float("inf")), "alpha must be finite, got inf"),
+        (lambda: CPO(nll_weight=-1.0), "nll_weight must be finite and not negative, got -1.0"),
     ],
 )
 def test_bad_numbers_of_an_objective(make_one: Any, message: str) -> None:

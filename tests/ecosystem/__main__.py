@@ -1,9 +1,10 @@
 """Make a stack's environment, train in it stock and fused, and record how the two agree.
 
-usage: python -m tests.ecosystem [--again] [NAME ...]      NAMEs as in stacks.py; without any, all of them
+usage: python -m tests.ecosystem [--again] [--check] [NAME ...]    NAMEs as in stacks.py; without any, all of them
+       python -m tests.ecosystem matrix                            the versions of TRL among them
        python -m tests.ecosystem trl-suite [--source CLONE] [--minutes N] [NAME ...]
-                                                           TRL's own tests, of the versions in suites.py
-       python -m tests.ecosystem render                    write docs/stacks.md's tables from the records
+                                                                   TRL's own tests, of the versions in suites.py
+       python -m tests.ecosystem render                            write docs/stacks.md's tables from the records
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from benchmarks.harness.machine import ROOT, commit, today
 from tests.ecosystem import suites
 from tests.ecosystem.compare import compare
-from tests.ecosystem.stacks import STACKS, Stack
+from tests.ecosystem.stacks import MATRIX, STACKS, Stack
 from tests.ecosystem.table import RECORD, load, render
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -42,9 +43,12 @@ ENVIRON = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ecosystem", description=__doc__.partition("\n")[0])
     parser.add_argument("--again", action="store_true", help="install anew what is installed")
+    parser.add_argument("--check", action="store_true", help="record nothing, and fail where a stack does not run")
     parser.add_argument("--source", default=suites.REPOSITORY, help="for trl-suite: a clone of TRL's repository")
     parser.add_argument("--minutes", type=float, default=math.inf, help="for trl-suite: bound on a suite's stock run")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"render, or of {', '.join(STACKS)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"render, matrix, trl-suite, or of {', '.join(STACKS)} (default: all)"
+    )
     options = parser.parse_args()
     if options.names == ["render"]:
         render()
@@ -54,13 +58,17 @@ def main() -> int:
         if unknown := set(names) - set(suites.TAGS):
             parser.error(f"no such version: {', '.join(sorted(unknown))}; there are {', '.join(suites.TAGS)}")
         return trl_suites(names, options.source, options.minutes, again=options.again)
-    if unknown := set(options.names) - set(STACKS):
+    names = [name for given in options.names or STACKS for name in (MATRIX if given == "matrix" else [given])]
+    if unknown := set(names) - set(STACKS):
         parser.error(f"no such stack: {', '.join(sorted(unknown))}; there are {', '.join(STACKS)}")
     agree, at = True, commit()  # before the record and the document change
-    for name in options.names or STACKS:
+    for name in names:
         found = {"date": today(), "commit": at, **run(name, STACKS[name], again=options.again)}
-        keep(RECORD, STACKS, name, found)
+        if not options.check:
+            keep(RECORD, STACKS, name, found)
         wrong = [f"{key}: {each['disagrees']}" for key, each in found["runs"].items() if each["disagrees"]]
+        if options.check:
+            wrong += [found["reason"]] if "reason" in found else []
         print(f"{name}: {found.get('reason') or wrong or 'agrees'}", flush=True)
         agree = agree and not wrong
     return 0 if agree else 1
@@ -101,9 +109,11 @@ def run(name: str, stack: Stack, *, again: bool) -> dict[str, Any]:
             asked = [each for each, of in stock["runs"].items() if not of.get("error", "").startswith("LookupError")]
             found["runs"] = {each: compare(stock["runs"][each], fused["runs"][each]) for each in asked}
             if stack.fused_in_script:
-                ours = train(python, [stack.recipe], Path(folder, "script.json"), *stack.fused_in_script, fuse=True)
+                ours = train(
+                    python, [stack.recipe], Path(folder, "script.json"), *stack.fused_in_script, fuse=stack.in_script
+                )
                 for each in stack.fused_in_script:
-                    found["runs"][f"{each}, fuse(model)"] = compare(stock["runs"][each], ours["runs"][each])
+                    found["runs"][f"{each}, {stack.in_script}"] = compare(stock["runs"][each], ours["runs"][each])
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip()
         found["reason"] = said.splitlines()[-1] if said else str(error)
@@ -122,7 +132,7 @@ def install(name: str, stack: Stack, *, again: bool) -> Path:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
         constraints = ROOT / "constraints.txt"
         torch = next(line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
-        command([*pip, torch, *stack.requires])
+        command([*pip, stack.torch or torch, *stack.requires])
         command([*pip, "--no-deps", "--editable", str(ROOT), *stack.alone])
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
         for module, names in stack.hollow.items():
@@ -141,10 +151,10 @@ def hollow(packages: Path, module: str, names: tuple[str, ...]) -> None:
     (folder / "__init__.py").write_text("".join(f"{name} = None\n" for name in names))
 
 
-def train(python: Path, arguments: list[str], output: Path, *objectives: str, fuse: bool = False) -> dict[str, Any]:
+def train(python: Path, arguments: list[str], output: Path, *objectives: str, fuse: str = "") -> dict[str, Any]:
     """Run a recipe, the last of ``arguments``, and return what it wrote."""
     *before, recipe = arguments
-    environ = {**os.environ, **ENVIRON, **({"ECOSYSTEM_FUSE": "1"} if fuse else {})}
+    environ = {**os.environ, **ENVIRON, "ECOSYSTEM_FUSE": fuse}
     command([str(python), *before, str(RECIPES / recipe), str(output), *objectives], environ, output.parent)
     found: dict[str, Any] = json.loads(output.read_text())
     return found

@@ -38,6 +38,9 @@ def compare(stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
         for key, value in _kept(theirs).items():
             name = "loss" if key in LOSSES else "gradient" if key == "grad_norm" else "other"
             apart[name] = max(apart.get(name, 0.0), difference(value, ours[key]))
+        if "weights" in theirs:
+            off = math.dist(theirs["weights"], ours["weights"])
+            apart["weights"] = off / max(math.hypot(*theirs["weights"]), 1e-30)
     found["differences"] = apart
     wrong = [f"{name} by {each:.1e}" for name, each in apart.items() if not each <= TOLERANCE]
     found["disagrees"] = f"figures differ: {', '.join(wrong)}" if wrong else None

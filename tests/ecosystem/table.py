@@ -1,4 +1,4 @@
-"""The records as tables of docs/stacks.md."""
+"""The records as tables of docs/stacks.md: each run of each stack, what agrees in each version of TRL, TRL's tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import Any
 
 from benchmarks.harness.machine import ROOT
 from tests.ecosystem import suites
-from tests.ecosystem.stacks import STACKS
+from tests.ecosystem.stacks import MATRIX, STACKS
 
 RECORD = ROOT / "benchmarks" / "results" / "ecosystem" / "stacks.json"
 DOCUMENT = ROOT / "docs" / "stacks.md"
-MARKED = re.compile(r"(<!-- (ecosystem|trl-suites) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (ecosystem|matrix|trl-suites) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 HEADER = ("stack", "objective", "losses differ", "gradient norms differ", "products a call", "full logits for")
-
+# A column of the matrix, and the runs of which the worst is shown, or the first that called its head.
+COLUMNS = {
+    "ORPO patch": ("orpo",),
+    "CPO patch": ("cpo", "simpo"),
+    "lazy: SFT": ("sft", "sft-nll"),
+    "DPO": ("dpo",),
+    "KTO": ("kto",),
+    "GRPO": ("grpo",),
+    "ORPO": ("orpo, fuse(model)",),
+    "CPO": ("cpo, fuse(model)", "simpo, fuse(model)"),
+}
 UNCALLED = {True: "trainer's patch", False: "head not called"}
 
 
@@ -27,8 +37,12 @@ def load(path: Path = RECORD) -> dict[str, Any]:
 def render(*, write: bool = True, document: Path = DOCUMENT) -> bool:
     """Put the records into the document; whether the document said something else."""
     text = document.read_text()
-    tables = {"ecosystem": table(load()), "trl-suites": suites.table(load(suites.RECORD))}
-    filled = MARKED.sub(lambda match: f"{match[1]}{tables[match[2]]}{match[3]}", text)
+    written = {
+        "ecosystem": table(load()),
+        "matrix": matrix(load()),
+        "trl-suites": suites.table(load(suites.RECORD)),
+    }
+    filled = MARKED.sub(lambda match: f"{match[1]}{written[match[2]]}{match[3]}", text)
     if write and filled != text:
         document.write_text(filled)
     return filled != text
@@ -43,6 +57,33 @@ def table(record: dict[str, Any]) -> str:
         for objective, run in found["runs"].items():
             rows.append((title, objective, *_cells(run)))
             title = ""
+    return _of_rows(rows)
+
+
+def matrix(record: dict[str, Any]) -> str:
+    """For each environment of MATRIX the largest difference of any figure or weight."""
+    header = ("TRL", "transformers", "torch", *COLUMNS)
+    rows = [header, tuple("-" * 3 for _ in header)]
+    for name in MATRIX:
+        found = record.get(name, {"versions": {}, "runs": {}})
+        versions = [found["versions"].get(each, "").partition("+")[0] for each in ("trl", "transformers", "torch")]
+        rows.append((*versions, *(_agreement(found["runs"], of) for of in COLUMNS.values())))
+    return _of_rows(rows)
+
+
+def _agreement(runs: dict[str, Any], objectives: tuple[str, ...]) -> str:
+    every = [runs[each] for each in objectives if each in runs]
+    ran = [run for run in every if "skipped" not in run]
+    if not ran:
+        return "no trainer" if every and "this trl has no" in every[0]["skipped"] else "not run"
+    if wrong := [run for run in ran if run["disagrees"] or run["refusals"]]:
+        return f"**{_one_line(wrong[0]['disagrees'] or wrong[0]['refusals'][0])}**"
+    fused = [run for run in ran if run["calls"] or run["fused_by_trainer"]]
+    worst = [difference for run in fused for difference in run["differences"].values()]
+    return f"{max(worst):.0e}" if worst else UNCALLED[False]
+
+
+def _of_rows(rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from orpo_kernels.integrations import TESTED
 from tests.ecosystem import suites
 from tests.ecosystem.compare import compare
-from tests.ecosystem.stacks import STACKS
-from tests.ecosystem.table import load, render
+from tests.ecosystem.stacks import MATRIX, STACKS
+from tests.ecosystem.table import load, matrix, render
 
 
 def test_the_document_says_what_the_record_says() -> None:
@@ -64,6 +65,51 @@ def test_suites_are_compared_by_what_passes_stock() -> None:
         "unreached": 1,
         "patched": {"passed": 2, "failed": {"e": "why"}, "fused_by_trainer": 3},
     }
+
+
+def test_the_range_that_doctor_names_is_the_matrix() -> None:
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")[:2]))
+
+    record = load()
+    for library, span in TESTED.items():
+        versions = sorted(number(record[name]["versions"][library]) for name in MATRIX)
+        assert [f"{major}.{minor}" for major, minor in (versions[0], versions[-1])] == [*span]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_version_is_patched_and_its_weights_agree(name: str) -> None:
+    runs = load()[name]["runs"]
+    for objective in ("orpo", "cpo", "simpo"):
+        assert runs[objective]["fused_by_trainer"], objective
+        assert runs[f"{objective}, fuse(model)"]["calls"] > 0, objective
+    ran = [run for run in runs.values() if "skipped" not in run]
+    assert len(ran) >= 9
+    assert all("weights" in run["differences"] for run in ran)
+
+
+def test_a_cell_of_the_matrix_is_the_worst_difference() -> None:
+    def run(calls: int, **differences: float) -> dict[str, Any]:
+        return {
+            "differences": differences,
+            "calls": calls,
+            "fused_by_trainer": False,
+            "refusals": [],
+            "disagrees": None,
+        }
+
+    runs = {
+        "cpo": run(1, loss=1e-7, weights=2e-6),
+        "simpo": run(1, loss=3e-6),
+        "sft": run(0, loss=0.0),
+        "dpo": {**run(1, loss=1.0), "disagrees": "figures differ: loss by 1.0e+00"},
+        "grpo": {"skipped": "ImportError: this trl has no GRPOTrainer", "disagrees": None},
+    }
+    versions = {"trl": "0.12.2", "transformers": "4.46.3", "torch": "2.9.1+cu128"}
+    row = matrix({next(iter(MATRIX)): {"versions": versions, "runs": runs}}).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:5] == ["0.12.2", "4.46.3", "2.9.1", "not run", "3e-06"]
+    assert cells[5:9] == ["head not called", "**figures differ: loss by 1.0e+00**", "not run", "no trainer"]
 
 
 def history(*losses: float, **others: float) -> dict[str, Any]:

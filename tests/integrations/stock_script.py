@@ -1,6 +1,6 @@
 """A stock TRL script on a tiny random model, as a user might have it: it knows nothing of this package.
 
-usage: stock_script.py OUTPUT.json [--steps N]
+usage: stock_script.py OUTPUT.json [--steps N] [--any-device]
 """
 
 import argparse
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--any-device", action="store_true", help="what accelerate finds, not the CPU")
     options = parser.parse_args()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
         size = {"max_steps": options.steps, "per_device_train_batch_size": 2, "max_length": 32, "learning_rate": 1e-2}
-        arguments = ORPOConfig(output_dir=folder, use_cpu=True, bf16=False, **quiet, **size)
+        arguments = ORPOConfig(output_dir=folder, use_cpu=not options.any_device, bf16=False, **quiet, **size)
         trainer = ORPOTrainer(model=model, args=arguments, processing_class=tokenizer(), train_dataset=pairs(16))
         trainer.train()
     if trainer.accelerator.is_main_process:

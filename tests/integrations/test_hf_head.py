@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from orpo_kernels.integrations import fused as fusing
 from orpo_kernels.integrations import fusion_report
 from orpo_kernels.integrations import trainer as patching
-from orpo_kernels.integrations.hf_head import Reading, detour, head_module, probes, read
+from orpo_kernels.integrations.detours import detour
+from orpo_kernels.integrations.hf_head import Reading, head_module, probes, read
 from orpo_kernels.integrations.lazy.heads import patch_transformers, unpatch_transformers
+from orpo_kernels.settings import Head
 from tests.integrations.models import ROWS, VOCAB, FakePatch, FakeTrainer, batch, build, llama
 
 
@@ -93,7 +95,7 @@ def test_read(name: str) -> None:
     head = nn.Linear(VOCAB, VOCAB)
     nn.init.eye_(head.weight)
     nn.init.normal_(head.bias)
-    found = reading.head(head)
+    found = reading.head(Head(head.weight, head.bias))
     z = 5 * torch.randn(20, VOCAB)
     ours = found.cap(found.logit_scale * (z @ found.weight.T + found.bias)) + reading.shift
     theirs = map_(z + head.bias).float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,19 @@ from typing import Any
 import pytest
 
 from orpo_kernels import cli
+from orpo_kernels.integrations import TRAINERS
 from orpo_kernels.startup import sitecustomize
 
 pytestmark = pytest.mark.slow  # whole processes
 
 STOCK = Path(__file__).parent / "stock_script.py"
+DDP = Path(__file__).parents[2] / "examples" / "accelerate" / "ddp.yaml"
 READERS = Path(__file__).parent / "stock_readers.py"
 PATCHED = "orpo_kernels: patched trl ORPOTrainer (trl "
 FUSED = "orpo_kernels: fused the loss of this ORPOTrainer: plan "
 LAZY = "orpo_kernels: logits of models of transformers "
-HOMES = "transformers.modeling_utils or trl.experimental.orpo.orpo_trainer or trl.trainer.orpo_trainer"
+HOMES = " or ".join(["transformers.modeling_utils", *(home for trainer in TRAINERS for home in trainer.homes)])
+TARGETS = "trl ORPOTrainer or trl CPOTrainer or llamafactory CustomDPOTrainer"
 LAUNCH = ("-m", "orpo_kernels", "run")
 
 
@@ -109,15 +111,13 @@ def test_child_processes_inherit_the_patch(stock: Path, tmp_path: Path) -> None:
     assert_same(stock, tmp_path / "ours.json")
 
 
+@pytest.mark.works("accelerate launch, DDP", by="ORPO patch")
 def test_two_processes_give_the_same_metrics(tmp_path: Path) -> None:
     """DDP sees one module call whose output carries the loss."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     # With --cpu accelerate starts one process; the script asks for the CPU itself.
-    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    accelerate = ["-m", "accelerate.commands.launch", *options, f"--main_process_port={port}"]
+    options = [f"--config_file={DDP}", "--mixed_precision=no", "--main_process_port=0"]
+    accelerate = ["-m", "accelerate.commands.launch", *options]
     done = run(*torchrun, STOCK, "stock.json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for launcher in (torchrun, accelerate):
@@ -222,10 +222,10 @@ def test_what_is_built_unpatched_is_said_when_it_is_built(tmp_path: Path) -> Non
     done = run(*LAUNCH, "--trainers-only", path, folder=tmp_path)
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "orpo_kernels: patched nothing so far: a Model is built and no trl ORPOTrainer was imported",
+        f"orpo_kernels: patched nothing so far: a Model is built and no {TARGETS} was imported",
         "Model",
         "Model",
-        "orpo_kernels: patched nothing of __main__.SFTTrainer: it is no trl ORPOTrainer",
+        f"orpo_kernels: patched nothing of __main__.SFTTrainer: it is no {TARGETS}",
         "SFTTrainer",
         "SFTTrainer",
     ]
@@ -283,4 +283,30 @@ def test_doctor() -> None:
         [Path(sys.executable).parent / "orpo-kernels", "doctor"], capture_output=True, text=True, check=True
     )
     assert "backend torch: used" in done.stdout
-    assert "patch trl ORPOTrainer: yes" in done.stdout
+    for target in ("trl ORPOTrainer", "trl CPOTrainer", "liger-kernel LigerFusedLinearORPOLoss"):
+        assert f"patch {target}: yes" in done.stdout
+    assert "patch llamafactory CustomDPOTrainer: no, llamafactory is not installed" in done.stdout
+    assert "(tested: 0.12 to 1.16)" in done.stdout
+    assert "lazy logits: yes, the loss of a small model is" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (None, ""),
+        ("0.11.4", " (untested: older than 0.12)"),
+        ("0.12.0", " (tested: 0.12 to 1.16)"),
+        ("1.16.3", " (tested: 0.12 to 1.16)"),
+        ("1.17.0.dev0", " (untested: newer than 1.16)"),
+    ],
+)
+def test_doctor_says_how_a_version_lies_to_those_tested(
+    version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_version", lambda _: version)
+    assert cli._tested("trl") == said
+
+
+def test_doctor_says_why_logits_are_not_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli._lazy().startswith("no, ModuleNotFoundError: import of transformers halted")

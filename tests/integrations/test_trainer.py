@@ -13,10 +13,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from orpo_kernels import OrpoOutput, orpo_loss, reference
+from orpo_kernels import PreferenceOutput, preference_loss, reference
 from orpo_kernels.integrations import fused as fusing
+from orpo_kernels.integrations import intercept
 from orpo_kernels.integrations import trainer as patching
 from orpo_kernels.integrations.hf_head import Reading
+from orpo_kernels.objectives import ORPO
 from tests.integrations.models import VOCAB, FakePatch, FakeTrainer, batch, llama
 from tests.integrations.test_hf_head import logps_of
 
@@ -25,7 +27,7 @@ def orpo(model: Any, data: Any = None, trainer: Any = None, patch: Any = None) -
     trainer = trainer or FakeTrainer()
     site = patching.find_site(trainer, model)
     assert isinstance(site, patching.Site), site
-    return fusing.fused_orpo(patch or FakePatch(), trainer, model, site, data or batch(), 0.5)
+    return fusing.fused_loss(patch or FakePatch(), trainer, model, site, data or batch(), ORPO(0.5))
 
 
 def logprobs(model: Any, data: Any = None) -> Any:
@@ -103,14 +105,14 @@ def test_masked_columns_are_masked(value: str, first: int) -> None:
 def test_a_wrong_reading_is_caught(cls: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is what stands between a fault of ours and a wrong loss in silence; nothing far off loosens it."""
     model = llama(cls).to(dtype)
-    read = fusing.read
+    read = intercept.read
 
     def wrong(given: Tensor, logits: Tensor) -> Any:
         found = read(given, logits)
         assert isinstance(found, Reading)
         return replace(found, logit_scale=0.8 * found.logit_scale)
 
-    monkeypatch.setattr(fusing, "read", wrong)
+    monkeypatch.setattr(intercept, "read", wrong)
     with pytest.raises(
         RuntimeError, match=r"does not reproduce the logits of .*: for 8 tokens .* are \[-.* and ours \[-"
     ):
@@ -119,8 +121,8 @@ def test_a_wrong_reading_is_caught(cls: type, dtype: torch.dtype, monkeypatch: p
 
 def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    read = fusing.read
-    monkeypatch.setattr(fusing, "read", lambda *given: asked.append(given) or read(*given))
+    read = intercept.read
+    monkeypatch.setattr(intercept, "read", lambda *given: asked.append(given) or read(*given))
     trainer = FakeTrainer()
     first, second = llama(), llama(changing(lambda z: 3 * z))
     for model in (first, first, second, second):
@@ -136,6 +138,18 @@ def test_every_model_and_head_is_checked_under_one_trainer(monkeypatch: pytest.M
         orpo(second, trainer=trainer)
         orpo(second, trainer=trainer)
     assert len(asked) == 4
+
+
+def test_asking_a_model_draws_no_random_numbers() -> None:
+    """The call that asks is one more than stock has, and dropout must not tell."""
+    model = llama(attention_dropout=0.5).train()
+    losses = []
+    for _ in range(2):  # the batch that asks, and one that does not
+        torch.manual_seed(3)
+        losses.append(orpo(model)[0].loss.item())
+    assert losses[0] == losses[1]
+    torch.manual_seed(4)
+    assert orpo(model)[0].loss.item() != losses[0]
 
 
 class Never(transformers.LlamaForCausalLM):
@@ -287,16 +301,16 @@ def test_other_threads_get_the_models_own_logits(monkeypatch: pytest.MonkeyPatch
             found.append(model(**data.inputs).logits)
         found.append(orpo(model, data)[0].loss.item())
 
-    inside = fusing.orpo_loss
+    inside = fusing.preference_of_head
 
-    def score(*args: Any, **kwargs: Any) -> OrpoOutput:
+    def score(*args: Any, **kwargs: Any) -> PreferenceOutput:
         if threading.current_thread() is threading.main_thread():
             other = threading.Thread(target=outside)
             other.start()
             other.join()
         return inside(*args, **kwargs)
 
-    monkeypatch.setattr(fusing, "orpo_loss", score)
+    monkeypatch.setattr(fusing, "preference_of_head", score)
     for _ in range(2):
         assert orpo(model, data)[0].loss.item() == pytest.approx(truth, rel=1e-5)
         logits, loss = found
@@ -353,12 +367,14 @@ def test_a_fused_run_says_so_once(cls: type, log: pytest.LogCaptureFixture) -> N
 
 
 def test_a_kernel_that_fails_gives_way_to_torch(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any, backend: str, **kwargs: Any) -> OrpoOutput:
-        if backend != "torch":
-            raise RuntimeError("PassManager::run failed\n  on sm_999")
-        return orpo_loss(*args, backend=backend, **kwargs)
+    inside = fusing.preference_of_head
 
-    monkeypatch.setattr(fusing, "orpo_loss", failing)
+    def failing(hidden: Any, head: Any, labels: Any, settings: Any) -> PreferenceOutput:
+        if settings.backend != "torch":
+            raise RuntimeError("PassManager::run failed\n  on sm_999")
+        return inside(hidden, head, labels, settings)
+
+    monkeypatch.setattr(fusing, "preference_of_head", failing)
     patch, model, data = FakePatch(), llama(), batch()
     for _ in range(2):
         fused = orpo(model, data, patch=patch)
@@ -415,13 +431,12 @@ class Ranks:
 
 def test_metrics_of_all_ranks_take_one_collective() -> None:
     torch.manual_seed(0)
-    out = orpo_loss(
-        torch.randn(4, 9, 8), torch.randn(VOCAB, 8), batch().answer, nll_labels=batch().nll, backend="torch"
-    )
-    ranks = Ranks()
-    metrics = patching.metrics_of_all_ranks(ranks, out)
+    head = torch.randn(VOCAB, 8)
+    out = preference_loss(torch.randn(4, 9, 8), head, batch().answer, ORPO(), nll_labels=batch().nll, backend="torch")
+    ranks, logps = Ranks(), (out.pairs.chosen_mean, out.pairs.rejected_mean)
+    metrics = patching.metrics_of_all_ranks(ranks, out, logps)
     assert ranks.calls == 1
     assert list(metrics) == list(out.metrics())
-    kept = torch.cat([out.chosen_logps, out.chosen_logps + 1])[:3]  # the fourth sample is the sampler's repetition
+    kept = torch.cat([logps[0], logps[0] + 1])[:3]  # the fourth sample is the sampler's repetition
     assert metrics["logps/chosen"] == pytest.approx(kept.mean().item(), rel=1e-5)
     assert metrics["nll_loss"] == pytest.approx(out.nll_loss.item() + 0.5, rel=1e-5)

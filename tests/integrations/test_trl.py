@@ -13,12 +13,12 @@ import datasets
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from orpo_kernels.integrations import TRL, patch_trl, patched_trl, unpatch_trl
+from orpo_kernels.integrations import TRL_ORPO, patch_trl, patched_trl, unpatch_trl
 from orpo_kernels.integrations.trainer import Settings
-from orpo_kernels.integrations.trl import PATCH, ORPOTrainer
+from orpo_kernels.integrations.trl_orpo import PATCH, ORPOTrainer
 from tests.integrations.models import GPT, SHAPE
 from tests.integrations.stock_script import pairs, tokenizer
 
@@ -41,6 +41,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 
+# What each shows, in the words of the table of what works with what.
+ROWS = {
+    "llama": "plain head",
+    "qwen2 tied": "tied embeddings",
+    "gemma2 softcap": "softcap on the logits",
+    "granite divides": "scaled logits",
+    "phi bias": "bias on the head",
+    "mixtral router": "mixture of experts with its auxiliary loss",
+}
+
 
 @pytest.fixture(autouse=True)
 def _settings() -> Any:
@@ -56,16 +66,24 @@ def model(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def trainer(of: Any, folder: Path, cls: Any = None, data: Any = None, peft_config: Any = None, **options: Any) -> Any:
+def trainer(
+    of: Any,
+    folder: Path,
+    cls: Any = ORPOTrainer,
+    config_class: Any = ORPOConfig,
+    data: Any = None,
+    peft_config: Any = None,
+    **options: Any,
+) -> Any:
     # Plain SGD: Adam turns the rounding of gradients that ought to be zero (a key's bias) into steps of full size.
     evaluation = {"eval_strategy": "steps", "eval_steps": 2}
     size = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 32}
     plain = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1}
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     settings: dict[str, Any] = {**evaluation, **size, **plain, **quiet, "beta": 0.5, **options}
-    return (cls or ORPOTrainer)(
+    return cls(
         model=of,
-        args=ORPOConfig(output_dir=str(folder), **settings),
+        args=config_class(output_dir=str(folder), **settings),
         processing_class=tokenizer(),
         train_dataset=data or pairs(16),
         eval_dataset=pairs(5, seed=1),
@@ -90,11 +108,18 @@ def train(of: Any, folder: Path, patched: bool, **options: Any) -> tuple[list[di
     return logs, dict(run.model.named_parameters())
 
 
-def assert_same(config: PretrainedConfig, folder: Path, rtol: float = 1e-4, atol: float = 1e-5, **options: Any) -> None:
+def assert_same(
+    config: PretrainedConfig,
+    folder: Path,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+    logged: str = "log_odds_ratio",
+    **options: Any,
+) -> None:
     stock, weights = train(model(config), folder, False, **options)
     ours, our_weights = train(model(config), folder, True, **options)
     assert len(stock) == len(ours) > 2
-    assert any("eval_log_odds_ratio" in entry for entry in ours)
+    assert any(f"eval_{logged}" in entry for entry in ours)
     for theirs, mine in zip(stock, ours, strict=True):
         assert list(theirs) == list(mine)
         for name, value in theirs.items():
@@ -105,26 +130,76 @@ def assert_same(config: PretrainedConfig, folder: Path, rtol: float = 1e-4, atol
         )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def shown(name: str) -> Any:
+    """A configuration as a parameter, with the row of the table that it is."""
+    return pytest.param(name, marks=[pytest.mark.works(ROWS[name], by="ORPO patch")] if name in ROWS else [])
+
+
+@pytest.mark.parametrize("name", [shown(name) for name in CONFIGS])
 def test_nothing_changes(name: str, tmp_path: Path) -> None:
     assert_same(CONFIGS[name](), tmp_path)
 
 
+@pytest.mark.works("bf16 autocast", by="ORPO patch")
 @pytest.mark.parametrize("name", ["llama", "gemma2 softcap"])
 def test_nothing_changes_in_mixed_precision(name: str, tmp_path: Path) -> None:
     """TRL's default is bfloat16 autocast, where both round; the bound is what bfloat16 logits of this size do."""
     assert_same(CONFIGS[name](), tmp_path, rtol=2e-2, atol=2e-2, bf16=True)
 
 
+@pytest.mark.works("gradient checkpointing", by="ORPO patch")
+@pytest.mark.works("gradient accumulation", by="ORPO patch")
 def test_nothing_changes_with_checkpointing(tmp_path: Path) -> None:
     assert_same(CONFIGS["llama"](), tmp_path, gradient_checkpointing=True)
 
 
-@pytest.mark.parametrize("kept", [None, ["lm_head"]])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param(None, marks=pytest.mark.works("LoRA beside the head", by="ORPO patch")),
+        pytest.param(["lm_head"], marks=pytest.mark.works("LoRA, head in modules_to_save", by="ORPO patch")),
+    ],
+)
 def test_nothing_changes_under_lora(kept: list[str] | None, tmp_path: Path) -> None:
     """A frozen head, and peft's trained copy of one."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=kept)
     assert_same(CONFIGS["llama"](), tmp_path, peft_config=adapter)
+
+
+HEADS = {
+    "LoRA on the head, TRL": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    "LoRA on the head, dropout, TRL": LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "lm_head"]),
+    "modules_to_save head, TRL": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "trainable token indices, TRL": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
+    "prefix tuning, TRL": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.works(name, by="ORPO patch")) for name in HEADS])
+def test_nothing_changes_with_adapters_on_the_head(name: str, tmp_path: Path, log: Any) -> None:
+    """The seed gives the same dropout, since the head's is drawn in the same order."""
+    config = CONFIGS["qwen2 tied" if "token" in name else "llama"]()
+    assert_same(config, tmp_path, peft_config=HEADS[name])
+    assert "fused the loss of this ORPOTrainer" in log.text
+    assert "does not fuse" not in log.text
+
+
+@pytest.mark.works("LoRA on the head, bfloat16 autocast, TRL", by="ORPO patch")
+def test_nothing_changes_with_lora_on_the_head_in_mixed_precision(tmp_path: Path) -> None:
+    adapter = HEADS["LoRA on the head, TRL"]
+    assert_same(CONFIGS["llama"](), tmp_path, rtol=2e-2, atol=2e-2, bf16=True, peft_config=adapter)
+
+
+@pytest.mark.works("prompt tuning, TRL", by="ORPO patch", outcome="refused")
+def test_prompt_tuning_fails_as_it_does_in_stock_trl(tmp_path: Path, log: Any) -> None:
+    """Its positions have no label, which TRL's own loss does not know either."""
+    found, adapter = [], PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for patched in (False, True):
+        with pytest.raises(ValueError, match="match target batch_size") as error:
+            train(model(CONFIGS["llama"]()), tmp_path, patched, peft_config=adapter)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+    assert "its forward called its head on" in log.text
 
 
 class OwnMetrics(ORPOTrainer):  # type: ignore[misc]
@@ -146,11 +221,13 @@ class OwnOdds(ORPOTrainer):  # type: ignore[misc]
         return 3 * losses, *rest
 
 
+@pytest.mark.works("subclass with its own loss", by="ORPO patch")
 @pytest.mark.parametrize("cls", [OwnMetrics, OwnOdds])
 def test_subclasses_keep_what_they_override(cls: Any, tmp_path: Path) -> None:
     assert_same(CONFIGS["llama"](), tmp_path, cls=cls)
 
 
+@pytest.mark.works("evaluation", by="ORPO patch")
 def test_subclasses_are_patched(tmp_path: Path) -> None:
     class Plain(ORPOTrainer):  # type: ignore[misc]
         pass
@@ -195,6 +272,7 @@ def test_patching_is_idempotent_and_reversible(tmp_path: Path) -> None:
     assert not PATCH.applied
 
 
+@pytest.mark.works("answer truncated to nothing", by="ORPO patch")
 def test_an_answer_truncated_to_nothing_does_not_kill_the_run(tmp_path: Path) -> None:
     """Stock TRL divides by zero here: a NaN gradient in step 1 and NaN weights from then on."""
     words = " ".join(f"w{index}" for index in range(40))
@@ -218,13 +296,15 @@ def said(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.name == "orpo_kernels"]
 
 
-def test_lora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    assert_same(CONFIGS["llama"](), tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+@pytest.mark.works("DoRA on the head", by="ORPO patch", outcome="refused")
+def test_dora_on_the_head_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
+    assert_same(CONFIGS["llama"](), tmp_path, peft_config=adapter)
     (message,) = said(log)
-    assert "does not fuse the loss of this ORPOTrainer: its head is a peft." in message
-    assert "not a plain nn.Linear" in message
+    assert "does not fuse the loss of this ORPOTrainer: the adapter 'default' on its head is Dora" in message
 
 
+@pytest.mark.works("encoder-decoder models", by="ORPO patch", outcome="refused")
 def test_encoder_decoder_keeps_trls_path(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(
@@ -264,6 +344,7 @@ def of_class(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.integrations.test_trl.model", build)
 
 
+@pytest.mark.works("model class of one's own", by="ORPO patch")
 def test_nothing_changes_for_a_model_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
@@ -357,8 +438,8 @@ def test_settings_of_the_patch() -> None:
 
 
 def test_a_trl_that_cannot_be_used_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    nowhere = dataclasses.replace(TRL, homes=("trl.no_such_home",))
-    with pytest.raises(ImportError, match=r"trl \S+ gave no ORPOTrainer .* from 0.24 on: pip install --upgrade trl"):
+    nowhere = dataclasses.replace(TRL_ORPO, homes=("trl.no_such_home",))
+    with pytest.raises(ImportError, match=r"trl \S+ gave no ORPOTrainer .* from 0.12 on: pip install --upgrade trl"):
         nowhere.find_class()
     with pytest.raises(ImportError, match="no-such-library is not installed: pip install no-such-library"):
         dataclasses.replace(nowhere, library="no-such-library").find_class()

@@ -1,6 +1,6 @@
 """One of two processes on gloo: every layout of data parallel and sharded training, stock and fused, on one start.
 
-usage: python -m tests.lazy.distributed_worker RANK FOLDER
+usage: python -m tests.lazy.distributed_worker RANK WORLD FOLDER
 
 Writes FOLDER/rank{RANK}.json: of each layout and mode the errors against one process that saw the whole batch in
 float64, or the traceback.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from accelerate.utils import gather, gather_object, pad_across_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecision,
     MixedPrecisionPolicy,
@@ -73,16 +75,23 @@ def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
     return wrap
 
 
-def fsdp1(**options: Any) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+def fsdp1(head: bool = False, **options: Any) -> Callable[[nn.Module], nn.Module]:
+    """The whole model, with the head in a unit of its own or in the root's."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        if head:
+            model.lm_head = FullyShardedDataParallel(model.lm_head, device_id=torch.device("cpu"), **options)
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+    return wrap
 
 
 def fsdp2(*units: str, root: bool | None = None, layers: bool = False, **options: Any) -> Callable[..., nn.Module]:
     """``fully_shard`` of the layers, of one more unit with the named modules, and of the root."""
-    reshard = options.pop("reshard", True)
+    reshard, copies = options.pop("reshard", True), options.pop("copies", ())
 
     def wrap(model: nn.Module) -> nn.Module:
-        shard: dict[str, Any] = {"mesh": mesh(), **options}
+        shard: dict[str, Any] = {"mesh": mesh(*copies), **options}
         for layer in model.model.layers if layers else []:
             fully_shard(layer, **shard)
         if units:
@@ -92,17 +101,15 @@ def fsdp2(*units: str, root: bool | None = None, layers: bool = False, **options
     return wrap
 
 
-_meshes: list[DeviceMesh] = []
+@functools.cache
+def mesh(*sizes: int) -> DeviceMesh:
+    """Of all ranks; with sizes, of copies of the model and the ranks that shard each."""
+    names = ("copies", "parts") if sizes else ("parts",)
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),), mesh_dim_names=names)
 
 
-def mesh() -> DeviceMesh:
-    """Of both ranks."""
-    if not _meshes:
-        _meshes.append(init_device_mesh("cpu", (2,)))
-    return _meshes[0]
-
-
-BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)  # as accelerate's bf16 has it
+BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+CASTS = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, output_dtype=torch.bfloat16)  # as accelerate has it
 TAIL = ("model.norm", "lm_head")
 LAYOUTS: dict[str, Layout] = {
     "ddp": Layout(ddp()),
@@ -121,6 +128,7 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp1 bf16": Layout(
         fsdp1(use_orig_params=True, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)), exact=False
     ),
+    "fsdp1 head": Layout(fsdp1(head=True, use_orig_params=True)),
     "fsdp1 tied": Layout(fsdp1(use_orig_params=True), tied=True),
     "fsdp2 root": Layout(fsdp2(root=True)),
     "fsdp2 root tied": Layout(fsdp2(root=True), tied=True),
@@ -131,11 +139,63 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp2 root bf16": Layout(fsdp2(root=True, mp_policy=BF16), exact=False),
     "fsdp2 tail": Layout(fsdp2(*TAIL, layers=True, reshard=False)),  # accelerate's grouping
     "fsdp2 tail bf16": Layout(fsdp2(*TAIL, layers=True, reshard=False, mp_policy=BF16), exact=False),
+    "fsdp2 tail bf16 outputs": Layout(fsdp2(*TAIL, layers=True, reshard=False, mp_policy=CASTS), exact=False),
     "fsdp2 head": Layout(fsdp2("lm_head", reshard=True)),
     "fsdp2 head empty rank": Layout(fsdp2("lm_head", reshard=True), empty=True),
     "fsdp2 head bf16": Layout(fsdp2("lm_head", reshard=True, mp_policy=BF16), exact=False),
     "fsdp2 head keeps weights": Layout(fsdp2("lm_head", reshard=False)),
+    "fsdp2 head offload": Layout(fsdp2("lm_head", reshard=True, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+    "fsdp2 tail offload": Layout(
+        fsdp2(*TAIL, layers=True, reshard=False, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    ),
+    "fsdp2 hybrid": Layout(fsdp2(*TAIL, layers=True, reshard=False, copies=(2, 2))),
 }
+
+
+OF_FOUR = ("fsdp2 hybrid",)  # takes four ranks
+LAYOUTS_OF_TWO = [name for name in LAYOUTS if name not in OF_FOUR]
+WRAPPED_FIRST = ("ddp", "fsdp1", "fsdp2 head", "fsdp2 tail")
+GONE = "fsdp1 head"  # whose weight nothing can gather again where the loss is made
+LAZY = [name for name in LAYOUTS_OF_TWO if name != GONE]
+# The table of what works with what has a row for several layouts each.
+ROWS = {
+    "ddp find": "DDP, find_unused_parameters",
+    "ddp static": "DDP, static_graph",
+    "ddp accumulates": "DDP, gradient accumulation",
+    "ddp empty": "DDP, a rank without a label",
+    "ddp": "DDP",
+    "fsdp1 flat": "FSDP1, flat parameters",
+    "fsdp1 keeps": "FSDP1, weights kept after the forward",
+    "fsdp1 bf16": "FSDP1, bf16 policy",
+    "fsdp1 head": "FSDP1, head in its own unit",
+    "fsdp1": "FSDP1",
+    "fsdp2 hybrid": "FSDP2, hybrid: copies of shards",
+    "fsdp2 root keeps": "FSDP2, one unit that keeps its weights",
+    "fsdp2 root bf16": "FSDP2, bf16 policy",
+    "fsdp2 root": "FSDP2, one unit",
+    "fsdp2 layers empty": "FSDP2, a rank without a label",
+    "fsdp2 layers accumulates": "FSDP2, gradient accumulation",
+    "fsdp2 layers": "FSDP2, units of layers and the rest",
+    "fsdp2 tail bf16 outputs": "FSDP2, bf16 policy that casts the output",
+    "fsdp2 tail bf16": "FSDP2, bf16 policy",
+    "fsdp2 tail offload": "FSDP2, CPU offload",
+    "fsdp2 tail": "FSDP2, [norm, head] in a unit",
+    "fsdp2 head empty": "FSDP2, a rank without a label",
+    "fsdp2 head bf16": "FSDP2, bf16 policy",
+    "fsdp2 head keeps": "FSDP2, head in its own unit that keeps its weight",
+    "fsdp2 head offload": "FSDP2, CPU offload",
+    "fsdp2 head": "FSDP2, head in its own unit",
+}
+
+
+def row_of(layout: str) -> str:
+    return next(row for start, row in ROWS.items() if layout.startswith(start))
+
+
+def modes_of(name: str) -> tuple[str, ...]:
+    if not LAYOUTS[name].exact:
+        return ("stock", "fused")
+    return (*MODES, "wrapped first") if name in WRAPPED_FIRST else MODES
 
 
 def labels_of(layout: Layout, ids: Tensor) -> Tensor:
@@ -185,9 +245,11 @@ def without_reduction(wrapped: nn.Module) -> Any:
 def train(layout: Layout, batch: Batch, mode: str, alone: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The gradients of every step and the loss in evaluation; and what the report of a fused model says."""
     model = llama(tie_word_embeddings=layout.tied).to(torch.float64 if layout.exact or alone else torch.float32)
-    if mode != "stock" and not alone:
+    if mode in ("fused", "unknown") and not alone:
         fuse(model)
     wrapped = model if alone else layout.wrap(model)
+    if mode == "wrapped first" and not alone:
+        fuse(model)
     optimiser = torch.optim.SGD(wrapped.parameters(), lr=RATE)
     cast = torch.autocast("cpu", torch.bfloat16, enabled=layout.autocast and not alone)
     unknown, found = mode == "unknown", {}
@@ -284,7 +346,7 @@ def late(layout: Layout, rank: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")  # accelerate asks for them
     # If one rank fails where the other does not, the other waits no longer than this.
@@ -295,10 +357,10 @@ def main() -> None:
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    results = {
-        name: {mode: judge(layout, mode, rank) for mode in MODES if mode == "stock" or layout.exact or mode == "fused"}
-        for name, layout in LAYOUTS.items()
+    results: dict[str, dict[str, Any]] = {
+        name: {mode: judge(LAYOUTS[name], mode, rank) for mode in modes_of(name)} for name in LAZY
     }
+    results[GONE] = {mode: judge(LAYOUTS[GONE], mode, rank) for mode in ("fused", "wrapped first")}
     for name in LATE:
         results[f"{name}, late"] = {"fused": late(LAYOUTS[name], rank)}
     results["collectives"] = {"fused": collectives(rank)}

@@ -2,69 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
-from tests.lazy.distributed_worker import LATE, LAYOUTS, STEPS
+from tests.lazy.distributed_worker import GONE, LATE, LAYOUTS, LAZY, STEPS, WRAPPED_FIRST, row_of
+from tests.ranks import Results, errors, results_of
 
 pytestmark = [
     pytest.mark.slow,  # two processes
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch was built without gloo"),
 ]
 
-ROOT = Path(__file__).parents[2]
-Results = list[dict[str, dict[str, Any]]]  # of each rank, by layout and mode
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Both ranks' results. Starting them is what takes the time, so the workers of pytest-xdist share one run."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lazy-distributed"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            run(folder)
-    files = [folder / f"rank{rank}.json" for rank in range(2)]
-    if not all(file.exists() for file in files):
-        pytest.fail("\n".join(log.read_text() for log in sorted(folder.glob("*.log"))))
-    return [json.loads(file.read_text()) for file in files]
+    return results_of("tests.lazy.distributed_worker", 2, tmp_path_factory)
 
 
-def run(folder: Path) -> None:
-    ranks = []
-    for rank in range(2):
-        with (folder / f"rank{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", "tests.lazy.distributed_worker", str(rank), str(folder)]
-            ranks.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for process in ranks:
-            process.wait(timeout=300)
-    except subprocess.TimeoutExpired:
-        for process in ranks:
-            process.kill()
-            process.wait()
+def marked(*modes: str, exact: bool = True) -> list[Any]:
+    """Layouts and modes, those of the package as cells of the table."""
+    return [
+        pytest.param(name, mode, marks=[] if mode == "stock" else pytest.mark.works(row_of(name), by="lazy logits"))
+        for name in LAZY
+        for mode in modes
+        if LAYOUTS[name].exact == exact
+    ]
 
 
-def errors(results: Results, layout: str, mode: str) -> list[dict[str, float]]:
-    found = [of_rank[layout][mode] for of_rank in results]
-    for rank, entry in enumerate(found):
-        assert "traceback" not in entry, f"rank {rank}, {mode}:\n{entry['traceback']}"
-    return [entry["errors"] for entry in found]
-
-
-@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.exact])
-@pytest.mark.parametrize("mode", ["stock", "fused", "unknown"])
+@pytest.mark.parametrize(("layout", "mode"), marked("stock", "fused", "unknown"))
 def test_gradients_are_those_of_one_process(layout: str, mode: str, results: Results) -> None:
     """Of every parameter in two steps of SGD, and the loss in evaluation after them. Stock torch shows that the
     comparison itself is right."""
@@ -73,18 +42,37 @@ def test_gradients_are_those_of_one_process(layout: str, mode: str, results: Res
         assert {name: error for name, error in of_rank.items() if not error < 1e-10} == {}
 
 
-@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if not layout.exact])
-def test_bfloat16_costs_what_it_costs_stock(layout: str, results: Results) -> None:
-    for stock, fused in zip(errors(results, layout, "stock"), errors(results, layout, "fused"), strict=True):
+@pytest.mark.parametrize("layout", WRAPPED_FIRST)
+@pytest.mark.works("a model that is wrapped before it is fused", by="lazy logits")
+def test_a_model_may_be_wrapped_before_it_is_fused(layout: str, results: Results) -> None:
+    """As the launcher does, which fuses a model when it is first called."""
+    for of_rank in errors(results, layout, "wrapped first"):
+        assert {name: error for name, error in of_rank.items() if not error < 1e-10} == {}
+
+
+@pytest.mark.works(row_of(GONE), by="lazy logits", outcome="refused")
+def test_a_weight_that_cannot_be_gathered_again_is_an_error(results: Results) -> None:
+    """And a model that was wrapped first keeps its own logits."""
+    for of_rank in results:
+        said = of_rank[GONE]["fused"]["traceback"]
+        assert "logits are asked for something after their head's weight was sharded" in said
+        assert of_rank[GONE]["wrapped first"]["calls"] == 0
+    for found in errors(results, GONE, "wrapped first"):
+        assert {name: error for name, error in found.items() if not error < 1e-10} == {}
+
+
+@pytest.mark.parametrize(("layout", "mode"), marked("fused", exact=False))
+def test_bfloat16_costs_what_it_costs_stock(layout: str, mode: str, results: Results) -> None:
+    for stock, fused in zip(errors(results, layout, "stock"), errors(results, layout, mode), strict=True):
         allowed = {name: max(FACTOR * error, GRAD_FLOOR[torch.bfloat16]) for name, error in stock.items()}
         assert {name: error for name, error in fused.items() if not error <= allowed[name]} == {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAZY)
 def test_logits_are_needed_by_the_unknown_operation_alone(layout: str, results: Results) -> None:
     for of_rank in results:
         calls = STEPS * (2 if LAYOUTS[layout].accumulates else 1) + 1
-        for mode, wanted in (("fused", {}), ("unknown", {"sort": calls})):
+        for mode, wanted in (("fused", {}), ("wrapped first", {}), ("unknown", {"sort": calls})):
             if mode in of_rank[layout]:
                 entry, found = of_rank[layout][mode], Counter[str]()
                 for operation, _, count in entry["materialised"]:

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from orpo_kernels.integrations import fuse, fusion_report, unfuse
-from orpo_kernels.integrations.hf_head import detour
+from orpo_kernels.integrations.detours import detour
 from tests.integrations.models import VOCAB, batch, llama
 
 IDS = batch().inputs["input_ids"]

@@ -5,6 +5,7 @@ usage: axolotl_trainers.py OUTPUT.json [{sft | orpo-own | orpo-trl | cpo-trl} ..
 
 from __future__ import annotations
 
+import os
 import tempfile
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.trainers.trl import AxolotlCPOTrainer, AxolotlORPOTrainer
 from axolotl.core.training_args import AxolotlCPOConfig, AxolotlORPOConfig, AxolotlTrainingArguments
+from axolotl.integrations.base import PluginManager
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
@@ -88,4 +90,8 @@ def train(objective: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    if os.environ.get(tiny.FUSE) == "plugin":  # as Axolotl loads what ``plugins:`` names, and then its model
+        manager = PluginManager.get_instance()
+        manager.register("orpo_kernels.integrations.axolotl.OrpoKernelsPlugin")
+        manager.pre_model_load({})
     tiny.main(OBJECTIVES, train, "axolotl", "trl", "accelerate")

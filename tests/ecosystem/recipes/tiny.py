@@ -1,7 +1,8 @@
 """What every recipe trains: a tiny Llama, a tokenizer of sixty words, made-up data; and how it says what it found.
 
 These files run in the environment of the stack they are for, by themselves or through the launcher, which they know
-nothing of: only ``main`` looks whether it is there, and ``model`` calls ``fuse`` where FUSE asks for that.
+nothing of: only ``main`` looks whether it is there, and where FUSE asks for it ``model`` calls ``fuse``, or a recipe
+loads a plugin as its stack does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 STEPS = 3
-FUSE = "ECOSYSTEM_FUSE"  # set: the script itself calls fuse(model), without the launcher
+FUSE = "ECOSYSTEM_FUSE"  # how a script fuses without the launcher: "fuse(model)", or "plugin" where a stack has them
 WORDS = [f"w{index}" for index in range(60)]
 CHAT = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
@@ -46,11 +47,17 @@ def model(seed: int = 0) -> LlamaForCausalLM:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     found = LlamaForCausalLM(LlamaConfig(**shape, **tokens, num_key_value_heads=2))
-    if os.environ.get(FUSE):
+    if os.environ.get(FUSE) == "fuse(model)":
         from orpo_kernels.integrations import fuse
 
         fuse(found)
     return found
+
+
+def moved(trained: torch.nn.Module) -> list[float]:
+    """How far training has moved each weight of ``model()``."""
+    before = dict(model().named_parameters())
+    return torch.cat([(after - before[name]).flatten() for name, after in trained.named_parameters()]).tolist()
 
 
 def pairs(count: int = 16, seed: int = 0) -> list[dict[str, str]]:

@@ -89,7 +89,7 @@ def train(objective: str) -> list[dict[str, Any]]:
             more["ref_model"] = tiny.model(seed=1)
         trainer = trainer_class(model=tiny.model(), args=arguments, train_dataset=data(objective), **tokenizer, **more)
         trainer.train()
-    return trainer.state.log_history
+    return [*trainer.state.log_history, {"weights": tiny.moved(trainer.accelerator.unwrap_model(trainer.model))}]
 
 
 if __name__ == "__main__":

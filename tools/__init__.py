@@ -1,0 +1,1 @@
+"""What makes other forms of this package from it."""
