@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"render, matrix, trl-suite, or of {', '.join(STACKS)} (default: all)"
     )
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.names == ["render"]:
         render()
         return 0
