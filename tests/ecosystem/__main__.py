@@ -3,8 +3,8 @@
 usage: python -m tests.ecosystem [--again] [--check] [NAME ...]    NAMEs as in stacks.py; without any, all of them
        python -m tests.ecosystem matrix                            the versions of TRL among them
        python -m tests.ecosystem trl-suite [--source CLONE] [--minutes N] [NAME ...]
-                                                           TRL's own tests, of the versions in suites.py
-       python -m tests.ecosystem render                            write docs/stacks.md's tables from the record
+                                                                   TRL's own tests, of the versions in suites.py
+       python -m tests.ecosystem render                            write docs/stacks.md's tables from the records
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def main() -> int:
     parser.add_argument("--source", default=suites.REPOSITORY, help="for trl-suite: a clone of TRL's repository")
     parser.add_argument("--minutes", type=float, default=math.inf, help="for trl-suite: bound on a suite's stock run")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"render, matrix, or of {', '.join(STACKS)} (default: all)"
+        "names", nargs="*", metavar="NAME", help=f"render, matrix, trl-suite, or of {', '.join(STACKS)} (default: all)"
     )
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.names == ["render"]:
         render()
         return 0

@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parent / "recipes"
 REPOSITORY = "https://github.com/huggingface/trl"
 TAGS = {"trl-0.24": "v0.24.0", "trl-0.29": "v0.29.1", "trl-1.9": "v1.9.0"}  # of the stack that lends its environment
 SUITES = ("orpo", "cpo", "dpo", "kto", "sft", "grpo")
-PATCHED = ("orpo",)  # whose trainer has a patch of its own, with which the suite runs once more
+PATCHED = ("orpo", "cpo")  # whose trainers have patches of their own, with which the suites run once more
 NEEDS = ("pytest", "parameterized", "pytest-datadir", "pytest-rerunfailures")  # in the environment, beside the stack
 PYTEST = ("-m", "pytest", "-p", "trl_suite", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not slow")
 HEADER = ("TRL", "suite", "pass stock", "of these fused", "call a fused head", "full logits for", "not compared")
