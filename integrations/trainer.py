@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.backends import available
-from orpo_kernels.integrations.detours import leave_nothing, uncompiled
-from orpo_kernels.integrations.hf_head import head_module
 from orpo_kernels.loss import PreferenceOutput, metrics_of
 
 BACKEND_VARIABLE = "ORPO_KERNELS_BACKEND"
@@ -88,6 +86,10 @@ class Patch:
         for name in self.replacements if self.applied else ():
             setattr(self.owner, name, self.stock[name])
         if self.applied:
+            # Imported where it is used: torch._dynamo behind it loads Triton, and the launcher reads this module before
+            # a script has set what its libraries read.
+            from orpo_kernels.integrations.detours import leave_nothing
+
             leave_nothing()
         self.stock = {}
 
@@ -120,6 +122,9 @@ class Site(NamedTuple):
 
 def find_site(trainer: Any, model: nn.Module) -> Site | str:
     """Where to fuse in a ``transformers.Trainer``, or the reason why this one and its model keep their own path."""
+    from orpo_kernels.integrations.detours import uncompiled  # not at the top, as above
+    from orpo_kernels.integrations.hf_head import head_module
+
     if isinstance(model, nn.DataParallel):
         return "nn.DataParallel replicates the model in threads: use one process a GPU (torchrun)"
     # accelerate would look behind torch.compile's wrapper too, and change what the wrapper names as its module.

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from orpo_kernels.backends.torch_backend import release
-from tests.works import cells_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -29,5 +28,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from tests.works import cells_of  # after the environment is set, as it brings the kernels
+
     for item in items:
         item.user_properties += [("works", cell) for cell in cells_of(item)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
 from orpo_kernels.backends import torch_backend, torch_tiles
 from orpo_kernels.backends.triton_backend import TritonBackend
-from orpo_kernels.loss import orpo_of_head
+from orpo_kernels.loss import preference_of_head
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.settings import Batch, Head, Settings
 from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, check, every_run, make, relative
@@ -215,8 +215,8 @@ def test_the_last_columns_of_a_weight(backend: str, workspace: int | None) -> No
     options = Settings(ORPO(0.1), backend=backend, workspace_bytes=workspace)
     batch, tail = Batch(case.labels), case.weight[:, 16:].detach().requires_grad_()
     head = Head(case.weight, case.bias)
-    whole = orpo_of_head(case.hidden, head, batch, options).loss
-    part = orpo_of_head(case.hidden, head._replace(weight=case.weight.detach(), tail=tail), batch, options).loss
+    whole = preference_of_head(case.hidden, head, batch, options).loss
+    part = preference_of_head(case.hidden, head._replace(weight=case.weight.detach(), tail=tail), batch, options).loss
     assert torch.equal(part, whole)
     of_hidden, of_weight, of_bias = torch.autograd.grad(whole, (case.hidden, case.weight, case.bias))
     found = torch.autograd.grad(part, (case.hidden, tail, case.bias))
