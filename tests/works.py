@@ -57,14 +57,14 @@ def ran(xml: Path) -> None:
         raise RuntimeError(f"a test behind the table failed (status {status}): nothing is recorded")
 
 
-def measured(xml: Path) -> list[dict[str, object]]:
-    """Every cell of a run of tests, with its outcome and the number of tests that showed it.
+def measured(*runs: Path) -> list[dict[str, object]]:
+    """Every cell of some runs of tests, with its outcome and the number of tests that showed it.
 
     Raises:
         RuntimeError: one of them failed.
     """
     rows = []
-    for case in ElementTree.parse(xml).getroot().iter("testcase"):
+    for case in (case for xml in runs for case in ElementTree.parse(xml).getroot().iter("testcase")):
         named = [each.get("value", "") for each in case.iter("property") if each.get("name") == "works"]
         if named and (case.find("failure") is not None or case.find("error") is not None):
             raise RuntimeError(f"{case.get('classname')}.{case.get('name')} failed: nothing is recorded")
@@ -92,14 +92,19 @@ def rendered(record: dict[str, object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--render", action="store_true", help="write the table from the record alone")
-    parser.add_argument("--xml", type=Path, help="record a run of all tests that pytest --junitxml wrote, and run none")
+    parser.add_argument(
+        "--xml",
+        type=Path,
+        nargs="+",
+        help="record runs of pytest --junitxml: of all tests, and of those that need an environment of their own",
+    )
     options = parser.parse_args()
     if not options.render:
         with tempfile.TemporaryDirectory() as folder:
-            xml = options.xml or Path(folder) / "works.xml"
+            runs = options.xml or [Path(folder) / "works.xml"]
             if options.xml is None:
-                ran(xml)
-            record = {"versions": {name: version(name) for name in PACKAGES}, "cells": measured(xml)}
+                ran(runs[0])
+            record = {"versions": {name: version(name) for name in PACKAGES}, "cells": measured(*runs)}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     text = rendered(json.loads(RECORD.read_text()))
     TABLE.write_text(MARKED.sub(lambda found: found[1] + text + found[2], TABLE.read_text()))
