@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     averaged: slice = slice(None, -1)  # positions over which a trainer logs mean logits
 
 
-class Call:
+class Call(ABC):
     """One ordinary call of a model with its head intercepted, in this thread."""
 
     def __init__(self, site: Site, batch: Batch) -> None:
@@ -56,13 +57,15 @@ class Call:
             self.refusal = "its forward did not call its head"
         return output
 
+    @abstractmethod
     def at_head(self, hidden: Tensor) -> Tensor:
         """What the head returns for its input ``[2P, T, H]``: ``[1, n, V]``, because no loss is made of its logits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_head(self, output: Tensor) -> None:
         """The head has returned, and its hooks have seen what."""
 
+    @abstractmethod
     def after_base(self, output: Any) -> None:
         """The model has returned."""
 
@@ -126,6 +129,9 @@ class Question(Call):
         self.given = torch.cat([probes(self.vocab, dtype, hidden.device), own.to(dtype)])
         torch.set_grad_enabled(self.tracks)  # so that trained parameters behind the head show
         return self.given[None].clone()  # models write into their logits
+
+    def after_head(self, output: Tensor) -> None:
+        """The probes go on as they are."""
 
     def after_base(self, output: Any) -> None:
         torch.set_grad_enabled(False)

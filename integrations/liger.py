@@ -76,48 +76,34 @@ class LigerFusedLinearORPOLoss(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as ``orpo_loss``.
         """
-        return _outputs(self, lin_weight, _input, target, bias, nll_target, Settings.chosen(None, None))
-
-
-def _outputs(
-    loss: Any,
-    weight: Tensor,
-    hidden: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    nll_target: Tensor | None,
-    settings: Settings,
-) -> Outputs:
-    """What ``forward`` of either class returns: ours, or Liger's own under ``patch_liger``."""
-    out = orpo_loss(
-        hidden,
-        weight,
-        target,
-        nll_labels=nll_target,
-        bias=bias,
-        beta=loss.beta,
-        nll_weight=1.0 if loss.compute_nll_loss else 0.0,
-        ignore_index=loss.ignore_index,
-        **settings._asdict(),
-    )
-    with torch.no_grad():
-        sides = hidden.detach().flatten(0, 1).chunk(2)
-        chosen, rejected = (mean_logit(side, Head(weight, bias), settings.backend) for side in sides)
-    nll = out.nll_loss if loss.compute_nll_loss else torch.zeros_like(out.nll_loss)
-    of_pairs = (out.chosen_logps, out.rejected_logps, chosen, rejected, nll, out.chosen_rewards, out.rejected_rewards)
-    return out.loss, (*of_pairs, out.log_odds_ratio, out.log_odds_chosen)
-
-
-def _patched_forward(
-    self: Any,
-    lin_weight: Tensor,
-    _input: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    nll_target: Tensor | None = None,
-) -> Outputs:
-    """Liger's ``forward`` under ``patch_liger``."""
-    return _outputs(self, lin_weight, _input, target, bias, nll_target, _patch().settings)
+        # Under ``patch_liger`` this is the forward of Liger's own class.
+        own = isinstance(self, LigerFusedLinearORPOLoss)
+        settings = Settings.chosen(None, None) if own else _patch().settings
+        out = orpo_loss(
+            _input,
+            lin_weight,
+            target,
+            nll_labels=nll_target,
+            bias=bias,
+            beta=self.beta,
+            nll_weight=1.0 if self.compute_nll_loss else 0.0,
+            ignore_index=self.ignore_index,
+            **settings._asdict(),
+        )
+        with torch.no_grad():
+            sides = _input.detach().flatten(0, 1).chunk(2)
+            chosen, rejected = (mean_logit(side, Head(lin_weight, bias), settings.backend) for side in sides)
+        nll = out.nll_loss if self.compute_nll_loss else torch.zeros_like(out.nll_loss)
+        of_pairs = (
+            out.chosen_logps,
+            out.rejected_logps,
+            chosen,
+            rejected,
+            nll,
+            out.chosen_rewards,
+            out.rejected_rewards,
+        )
+        return out.loss, (*of_pairs, out.log_odds_ratio, out.log_odds_chosen)
 
 
 def _patch() -> Patch:
@@ -127,7 +113,7 @@ def _patch() -> Patch:
         ImportError: Liger is missing or has no such class; the message says what would help.
     """
     if "PATCH" not in globals():
-        globals()["PATCH"] = Patch(LIGER.find_class(), {"forward": _patched_forward}, ())
+        globals()["PATCH"] = Patch(LIGER.find_class(), {"forward": LigerFusedLinearORPOLoss.forward}, ())
     patch: Patch = globals()["PATCH"]
     return patch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +34,28 @@ def results_of(worker: str, world: int, tmp_path_factory: pytest.TempPathFactory
     if not all(file.exists() for file in files):
         pytest.fail("\n".join(log.read_text() for log in sorted(folder.glob("*.log"))))
     return [json.loads(file.read_text()) for file in files]
+
+
+def join() -> tuple[int, int, Path]:
+    """In a worker: be one of the ranks. Its rank, how many there are, and the folder for its results."""
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # accelerate asks for them
+    # If one rank fails where another does not, the other waits no longer than this.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    return rank, world, folder
+
+
+def leave(results: dict[str, Any], rank: int, folder: Path) -> None:
+    """In a worker: write what ``results_of`` reads."""
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
 
 
 def _run(worker: str, world: int, folder: Path) -> None:

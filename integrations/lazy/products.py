@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.backends import Cost, Grads, grad_dtype, slices
-from orpo_kernels.integrations.lazy.rows import SPARSE_ROWS, Root, Table
+from orpo_kernels.integrations.lazy.rows import SPARSE_ROWS, Root
 from orpo_kernels.integrations.lazy.symbols import Map, Term
+from orpo_kernels.integrations.lazy.tables import Table
 from orpo_kernels.plan import DEFAULT_WORKSPACE
 from orpo_kernels.settings import Head
 

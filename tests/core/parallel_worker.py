@@ -7,8 +7,6 @@ Writes FOLDER/rank{RANK}.json: of each check None, or its traceback.
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import sys
 import traceback
@@ -47,6 +45,7 @@ from orpo_kernels.objectives import DPO
 from tests.cases import Case, assert_as_accurate, check, make
 from tests.core.test_doors import FullLogits
 from tests.integrations.models import VOCAB, batch, llama
+from tests.ranks import join, leave
 
 # A group of pairs fits, all pairs do not.
 WORKSPACES = {"several groups": 150_000, "several groups bfloat16": 60_000}
@@ -594,19 +593,10 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
 
 
 def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # and NaN in memory that nobody wrote, as in tests/conftest.py
     torch.utils.deterministic.fill_uninitialized_memory = True
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), TRITON_INTERPRET="1")
-    # If one rank fails where another does not, the other waits no longer than this.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    os.environ["TRITON_INTERPRET"] = "1"
+    rank, world, folder = join()
     results: dict[str, str | None] = {}
     for name, each in checks(folder).items():
         if not all(word in name for word in sys.argv[4:]) or (world == 4 and "triton" in name):  # slow, interpreted
@@ -616,8 +606,7 @@ def main() -> None:
             results[name] = None
         except Exception:  # the checks after this one are still worth their results
             results[name] = traceback.format_exc()
-    (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave(results, rank, folder)
 
 
 if __name__ == "__main__":

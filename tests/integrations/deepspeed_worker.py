@@ -7,13 +7,9 @@ Writes FOLDER/rank{RANK}.json, as devices_worker does. DeepSpeed trains in float
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +25,7 @@ from tests.integrations.devices_worker import CLASSES, data_of, of_logits
 from tests.integrations.models import llama
 from tests.lazy import distributed_worker as lazily
 from tests.lazy.distributed_worker import RATE, STEPS, Layout
+from tests.ranks import join, leave
 
 LAYOUT = Layout(lambda model: model, accumulates=True)  # an engine divides the gradient of each micro-batch
 STAGES: dict[str, dict[str, Any]] = {
@@ -131,16 +128,8 @@ def judge(stage: dict[str, Any], mode: str, rank: int, world: int, tied: bool) -
 
 
 def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    rank, world, folder = join()
     results = {
         name: {
             mode: judge(STAGES[name.removesuffix(", tied")], mode, rank, world, name.endswith("tied"))
@@ -148,8 +137,7 @@ def main() -> None:
         }
         for name in RUNS
     }
-    (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave(results, rank, folder)
 
 
 if __name__ == "__main__":

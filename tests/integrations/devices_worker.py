@@ -8,14 +8,9 @@ float64, the traceback, or what was refused.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import sys
 import traceback
 import types
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +27,7 @@ from orpo_kernels.integrations.trainer import Site, find_site
 from orpo_kernels.objectives import ORPO
 from tests.integrations.models import VOCAB, FakePatch, FakeTrainer, batch, llama
 from tests.lazy.distributed_worker import LAYOUTS, OF_FOUR, RATE, STEPS, Layout, weights_of, without_reduction
+from tests.ranks import join, leave
 
 BETA = 0.5
 # Of the patch: its whole loss, and a loss of log-probabilities. Of one's own loop: in the forward of a head of one's
@@ -219,24 +215,13 @@ def judge(layout: Layout, mode: str, rank: int, world: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    # If one rank fails where the others do not, they wait no longer than this.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    rank, world, folder = join()
     results: dict[str, dict[str, Any]] = {
         name: {mode: judge(layout, mode, rank, world) for mode in modes_of(name, world)}
         for name, layout in LAYOUTS.items()
         if (name in ON_FOUR if world > 2 else name not in OF_FOUR)
     }
-    (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave(results, rank, folder)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,11 @@ float64, or the traceback.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
-import json
-import os
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.accuracy import relative_error
 from orpo_kernels.integrations import fuse, fusion_report
 from tests.integrations.models import VOCAB, batch, llama
+from tests.ranks import join, leave
 
 Batch = tuple[Tensor, Tensor]  # ids and labels
 
@@ -346,17 +342,7 @@ def late(layout: Layout, rank: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")  # accelerate asks for them
-    # If one rank fails where the other does not, the other waits no longer than this.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    rank, _, folder = join()
     results: dict[str, dict[str, Any]] = {
         name: {mode: judge(LAYOUTS[name], mode, rank) for mode in modes_of(name)} for name in LAZY
     }
@@ -364,8 +350,7 @@ def main() -> None:
     for name in LATE:
         results[f"{name}, late"] = {"fused": late(LAYOUTS[name], rank)}
     results["collectives"] = {"fused": collectives(rank)}
-    (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave(results, rank, folder)
 
 
 if __name__ == "__main__":
