@@ -24,7 +24,7 @@ from orpo_kernels.integrations.hf_head import MASKED, PROBES, Reading, fingerpri
 from orpo_kernels.integrations.intercept import Batch, Call, Question
 from orpo_kernels.integrations.trainer import Patch, Settings, Site, first, say
 from orpo_kernels.loss import PreferenceOutput, logprobs_of_head, plan_of_head, preference_of_head
-from orpo_kernels.objectives import Objective
+from orpo_kernels.pairs import Objective
 from orpo_kernels.settings import Batch as Labels
 from orpo_kernels.settings import Head
 from orpo_kernels.settings import Settings as CallSettings

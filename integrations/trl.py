@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from orpo_kernels.integrations.fused import Batch, fused_logprobs, fused_loss
 from orpo_kernels.integrations.trainer import Patch, Site, find_site, keeps_stock, metrics_of_all_ranks
-from orpo_kernels.objectives import Objective
+from orpo_kernels.pairs import Objective
 
 
 class Pairs(NamedTuple):

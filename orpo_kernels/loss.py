@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from orpo_kernels import operators
 from orpo_kernels.backends import Backend, check_name
 from orpo_kernels.engine import Losses, fused, warn_skipped
-from orpo_kernels.objectives import ORPO, Objective, PairLogps, check_objective, metric_names
+from orpo_kernels.objectives import ORPO
+from orpo_kernels.pairs import Objective, PairLogps, check_objective, metric_names
 from orpo_kernels.plan import Plan
 from orpo_kernels.prepare import prepare, ready
 from orpo_kernels.settings import Batch, Head, Settings, checked, checked_head

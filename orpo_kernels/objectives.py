@@ -1,85 +1,52 @@
-"""Objectives: from the log-probabilities of pairs to a loss for each pair.
+"""The family: losses over pairs, each one class over ``PairLogps``. ``pairs`` says what an objective is.
 
-An objective is any callable on ``PairLogps`` that returns the losses ``[P]``, in ordinary torch: their derivatives come
-from autograd on the ``[P]`` vectors. It may return ``PairTerms`` instead, with derivatives in closed form, where
-autograd's would not be finite, and with figures to be averaged beside the loss. Pairs are computed in groups where
-memory asks for it, so the loss of a pair must not depend on other pairs, unless ``couples_pairs = True`` says so.
-
-Optional attributes of an objective:
-
-    nll_weight       weight of the NLL where the caller names none; 0 without the attribute
-    couples_pairs    True: a pair's loss depends on others, so all pairs are computed at once, those that count alone
-    metric_names     names of the ``metrics`` of its terms; the output holds their means over the pairs that count
-    rewards(pairs)   chosen and rejected rewards ``[P]``; without it the sums, less the reference's where there is one
+In the formulas w and l are the sums of the log-probabilities of the chosen and the rejected answer, w' and l' their
+means, a = w - w_ref and b = l - l_ref the log-ratios to a reference model, whose sums are ``reference_logps``,
+d = a - b, LS = logsigmoid and s = sigmoid. Every loss is that of one pair; what trains is its mean over pairs, beside
+``nll_weight`` times the NLL of the chosen side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo_kernels.pairs import Objective, PairLogps, PairTerms
 from orpo_kernels.settings import number
+
+__all__ = [
+    "APO",
+    "ASFT",
+    "CPO",
+    "DPO",
+    "IPO",
+    "KTO",
+    "MMPO",
+    "NCA",
+    "ORPO",
+    "SFT",
+    "SPPO",
+    "AlphaPO",
+    "Objective",
+    "PairLogps",
+    "PairTerms",
+    "ProbabilityRatio",
+    "SLiC",
+    "SimPO",
+]
 
 # The gradient of the rejected side goes as 1 / (1 - p) and truly diverges as p -> 1, so l is held at or below -1e-6.
 # The chosen side needs a bound only so that log(1 - p) stays finite when p rounds to 1.
 REJECTED_BOUND = -1e-6
 CHOSEN_BOUND = -torch.finfo(torch.float32).tiny
 
-
-class PairLogps(NamedTuple):
-    """What is known of P pairs: all ``[P]``, float32 (float64 for float64 inputs), log-probabilities in nats."""
-
-    chosen_sum: Tensor  # over the answer's tokens
-    rejected_sum: Tensor
-    chosen_length: Tensor  # tokens of the answer
-    rejected_length: Tensor
-    reference_chosen: Tensor | None = None  # the reference model's sums
-    reference_rejected: Tensor | None = None
-    margins: Tensor | None = None
-
-    @property
-    def chosen_mean(self) -> Tensor:
-        """``chosen_sum / chosen_length``, 0 for an answer without a token."""
-        return self.chosen_sum / self.chosen_length.clamp(min=1)
-
-    @property
-    def rejected_mean(self) -> Tensor:
-        return self.rejected_sum / self.rejected_length.clamp(min=1)
-
-    @property
-    def valid(self) -> Tensor:
-        """Whether both answers have a token."""
-        return (self.chosen_length > 0) & (self.rejected_length > 0)
-
-    def reference(self) -> tuple[Tensor, Tensor]:
-        """The reference model's sums, chosen and rejected.
-
-        Raises:
-            ValueError: the caller gave none.
-        """
-        if self.reference_chosen is None or self.reference_rejected is None:
-            raise ValueError(
-                "this objective needs reference_logps, [2P] sums of the reference model's log-probabilities over the "
-                "answers, chosen first: compute them without gradient with linear_logprobs(...).sum(-1)"
-            )
-        return self.reference_chosen, self.reference_rejected
-
-
-class PairTerms(NamedTuple):
-    """Losses with their derivatives, all ``[P]``."""
-
-    loss: Tensor
-    d_chosen_sum: Tensor  # d loss / d chosen_sum
-    d_rejected_sum: Tensor
-    metrics: tuple[Tensor, ...] = ()  # [P] each, in the order of the objective's metric_names
-
-
-Objective = Callable[[PairLogps], Tensor | PairTerms]
+# AlphaPO's reward grows as exp(-alpha l), which overflows for answers that a model finds very unlikely.
+STEEPEST = 40.0
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -97,8 +64,48 @@ def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 
+class _Checked:
+    """Fields that are finite numbers, not negative unless the class says so; a compiled graph's operator asks."""
+
+    SIGNED: ClassVar[tuple[str, ...]] = ()
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for name, kind in ((field.name, field.type) for field in fields(self)):  # type: ignore[arg-type]
+            if kind == "float":
+                value = number(name, getattr(self, name), signed=name in self.SIGNED, positive=name in self.POSITIVE)
+                object.__setattr__(self, name, value)
+
+
+class _OfMeans(_Checked):
+    """Rewards of the losses over mean log-probabilities."""
+
+    beta: float
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """``beta w'`` and ``beta l'``."""
+        return self.beta * pairs.chosen_mean, self.beta * pairs.rejected_mean
+
+
+class _AgainstReference(_Checked):
+    """Rewards of the losses against a reference model, which need ``reference_logps``."""
+
+    beta: float
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """``beta a`` and ``beta b``.
+
+        Raises:
+            ValueError: the caller gave no reference_logps.
+        """
+        chosen, rejected = pairs.log_ratios()
+        return self.beta * chosen, self.beta * rejected
+
+
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(_OfMeans):
     """``beta * softplus(-log_odds)`` of the mean log-probabilities, beside the NLL.
 
     Source: arXiv 2403.07691, equations 6 and 7 (beta is its lambda). Derivatives in closed form, with p = exp(l) and
@@ -111,9 +118,6 @@ class ORPO:
     beta: float = 0.1
     nll_weight: ClassVar[float] = 1.0
     metric_names: ClassVar[tuple[str, ...]] = ("log_odds_ratio", "log_odds_chosen")  # logsigmoid(log_odds), log_odds
-
-    def __post_init__(self) -> None:
-        _check_numbers(self)
 
     def __call__(self, pairs: PairLogps) -> PairTerms:
         """The terms of each pair."""
@@ -136,12 +140,24 @@ class ORPO:
             metrics=(F.logsigmoid(odds), odds),
         )
 
-    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        return self.beta * pairs.chosen_mean, self.beta * pairs.rejected_mean
+
+@dataclass(frozen=True)
+class ProbabilityRatio(_OfMeans):
+    """``-beta * LS(w' - l')``, beside the NLL: ORPO with the ratio of probabilities in place of their odds'.
+
+    Source: arXiv 2403.07691, where it is the ablation: it presses harder on the rejected side.
+    """
+
+    beta: float = 0.1
+    nll_weight: ClassVar[float] = 1.0
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        return -self.beta * F.logsigmoid(pairs.chosen_mean - pairs.rejected_mean)
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPO(_OfMeans):
     """``-logsigmoid(beta * (l_w - l_l) - gamma)`` of the mean log-probabilities, without a reference model.
 
     Source: arXiv 2405.14734, equation 6; gamma is the target margin itself, not its ratio to beta.
@@ -150,34 +166,56 @@ class SimPO:
     beta: float = 2.0
     gamma: float = 0.5
 
-    def __post_init__(self) -> None:
-        _check_numbers(self)
-
     def __call__(self, pairs: PairLogps) -> Tensor:
         """The loss of each pair."""
         return -F.logsigmoid(self.beta * (pairs.chosen_mean - pairs.rejected_mean) - self.gamma)
 
+
+@dataclass(frozen=True)
+class AlphaPO(_Checked):
+    """``-LS(beta (r_w - r_l) - gamma)`` with ``r = (1 - exp(-alpha x')) / alpha`` of the mean log-probabilities x'.
+
+    ``alpha = 0`` is SimPO. Where ``-alpha x'`` passes 40 the reward goes on along its tangent, which stays finite.
+
+    Source: arXiv 2501.03884; gamma is the target margin itself, not its ratio to beta.
+    """
+
+    alpha: float
+    beta: float = 2.0
+    gamma: float = 0.5
+    SIGNED: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = self.rewards(pairs)
+        return -F.logsigmoid(chosen - rejected - self.gamma)
+
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        return self.beta * pairs.chosen_mean, self.beta * pairs.rejected_mean
+        return self.beta * _bent(pairs.chosen_mean, self.alpha), self.beta * _bent(pairs.rejected_mean, self.alpha)
 
 
 @dataclass(frozen=True)
-class DPO:
-    """``-(1 - s) logsigmoid(beta d) - s logsigmoid(-beta d)``, with s the label smoothing.
+class DPO(_AgainstReference):
+    """``-(1 - e) LS(beta d) - e LS(-beta d)``, with e the label smoothing; needs ``reference_logps``.
 
-    ``d = (chosen_sum - reference_chosen) - (rejected_sum - reference_rejected)``; needs ``reference_logps``.
+    ``robust`` divides the same with a minus before its second term by ``1 - 2 e``, an unbiased estimate where the share
+    e of the labels is flipped. An ``nll_weight`` is RPO's, whose paper takes ``nll_reduction="sequence"``.
 
-    Source: arXiv 2305.18290, equation 7; label smoothing (s < 0.5) as in its conservative form,
-    https://ericmitchell.ai/cdpo.pdf, equation 3.
+    Source: arXiv 2305.18290, equation 7; label smoothing as in its conservative form,
+    https://ericmitchell.ai/cdpo.pdf, equation 3; robust: arXiv 2403.00409; RPO: arXiv 2404.19733.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    robust: bool = False
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        super().__post_init__()
         if self.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be below 0.5, got {self.label_smoothing}")
+        if not isinstance(self.robust, bool):
+            raise TypeError(f"robust must be True or False, got {self.robust!r}")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """The loss of each pair.
@@ -186,15 +224,226 @@ class DPO:
             ValueError: the caller gave no reference_logps.
         """
         chosen, rejected = self.rewards(pairs)
-        return _logistic(chosen - rejected, self.label_smoothing)
-
-    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        chosen, rejected = pairs.reference()
-        return self.beta * (pairs.chosen_sum - chosen), self.beta * (pairs.rejected_sum - rejected)
+        margin, flipped = chosen - rejected, self.label_smoothing
+        if not self.robust or flipped == 0:
+            return _logistic(margin, flipped)
+        return (flipped * F.logsigmoid(-margin) - (1 - flipped) * F.logsigmoid(margin)) / (1 - 2 * flipped)
 
 
 @dataclass(frozen=True)
-class CPO:
+class IPO(_AgainstReference):
+    """``(a / n_w - b / n_l - 1 / (2 beta))^2``, n the tokens of an answer; needs ``reference_logps``.
+
+    Source: arXiv 2310.12036, equation 17, where beta is tau; per token, as TRL has it in agreement with its authors.
+    """
+
+    beta: float = 0.1
+    POSITIVE: ClassVar[tuple[str, ...]] = ("beta",)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = pairs.log_ratios()
+        chosen, rejected = chosen / pairs.chosen_length.clamp(min=1), rejected / pairs.rejected_length.clamp(min=1)
+        return (chosen - rejected - 1 / (2 * self.beta)) ** 2
+
+
+@dataclass(frozen=True)
+class SLiC(_AgainstReference):
+    """``relu(1 - beta d)``, the hinge of SLiC on DPO's margin; needs ``reference_logps``.
+
+    Source: arXiv 2305.10425 by way of arXiv 2309.06657, which normalises it by a reference.
+    """
+
+    beta: float = 0.1
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = self.rewards(pairs)
+        return F.relu(1 - (chosen - rejected))
+
+
+@dataclass(frozen=True)
+class NCA(_AgainstReference):
+    """``-LS(beta a) - 0.5 LS(-beta a) - 0.5 LS(-beta b)``; needs ``reference_logps``.
+
+    Source: arXiv 2402.05369, for two answers, of which one has the reward 1.
+    """
+
+    beta: float = 0.1
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = self.rewards(pairs)
+        return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@dataclass(frozen=True)
+class SPPO(_AgainstReference):
+    """``0.5 [(a - (P - 0.5) / beta)^2 + (b - (0.5 - P) / beta)^2]``; needs ``reference_logps``.
+
+    P is the probability that the chosen answer wins, from ``margins``; without them the label is believed, P = 1. Twice
+    this is TRL's ``sppo_hard``.
+
+    Source: arXiv 2405.00675, equation 4.7, where 1 / beta is eta, 1000 there.
+    """
+
+    beta: float = 0.001
+    POSITIVE: ClassVar[tuple[str, ...]] = ("beta",)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = pairs.log_ratios()
+        wins = 1.0 if pairs.margins is None else pairs.margins
+        target = (wins - 0.5) / self.beta
+        return 0.5 * ((chosen - target) ** 2 + (rejected + target) ** 2)
+
+
+@dataclass(frozen=True)
+class APO(_AgainstReference):
+    """Anchored losses, which move each answer by its own probability; needs ``reference_logps``.
+
+        "zero"  1 - s(beta a) + s(beta b)   raises the chosen, lowers the rejected answer
+        "down"  s(beta a) + 1 - s(beta d)   lowers both, the rejected one more: where the model is better than its data
+
+    Source: arXiv 2408.06266, equations 7 and 8.
+    """
+
+    beta: float = 0.1
+    kind: str = "zero"
+
+    KINDS: ClassVar[tuple[str, ...]] = ("zero", "down")
+
+    def __post_init__(self) -> None:
+        if self.kind not in self.KINDS:
+            raise ValueError(f"kind must be one of {self.KINDS}, got {self.kind!r}")
+        super().__post_init__()
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = self.rewards(pairs)
+        if self.kind == "zero":
+            return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+        return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+@dataclass(frozen=True)
+class MMPO(_AgainstReference):
+    """``-p LS(beta d) - (1 - p) LS(-beta d)`` with ``p = s(gamma m)``; needs ``reference_logps`` and ``margins``.
+
+    m is the chosen answer's score less the rejected one's, in ``margins``.
+
+    Source: arXiv 2410.03145, "Margin Matching Preference Optimization".
+    """
+
+    beta: float = 0.1
+    gamma: float = 1.0
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair.
+
+        Raises:
+            ValueError: the caller gave no reference_logps or no margins.
+        """
+        if pairs.margins is None:
+            raise ValueError("this objective needs margins, [P] scores of the chosen answers less the rejected ones'")
+        chosen, rejected = self.rewards(pairs)
+        margin, quality = chosen - rejected, self.gamma * pairs.margins
+        return -torch.sigmoid(quality) * F.logsigmoid(margin) - torch.sigmoid(-quality) * F.logsigmoid(-margin)
+
+
+@dataclass(frozen=True)
+class KTO(_AgainstReference):
+    """A gain for each desirable answer and a loss for each undesirable one, against a baseline that has no gradient.
+
+        desirable     desirable_weight   * (1 - s(beta (a - z)))
+        undesirable   undesirable_weight * (1 - s(beta (z - b)))         z = max(0, mean log-ratio of other answers)
+
+    On pairs (as an objective; needs ``reference_logps``) the baseline of one side is estimated from the answers of the
+    other, so pairs are coupled, and the loss of a pair is the mean of its two answers'. On answers without a partner
+    call ``of_answers`` with their log-probabilities, as ``linear_logprobs(...).sum(-1)`` has them.
+
+    Source: arXiv 2402.01306, equation 7.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    couples_pairs: ClassVar[bool] = True
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        chosen, rejected = pairs.log_ratios()
+        desired = self.desirable_weight * torch.sigmoid(-self.beta * (chosen - self.baseline(rejected)))
+        undesired = self.undesirable_weight * torch.sigmoid(-self.beta * (self.baseline(chosen) - rejected))
+        return 0.5 * (desired + undesired)
+
+    def of_answers(self, logps: Tensor, reference_logps: Tensor, desirable: Tensor, baseline: Tensor | float) -> Tensor:
+        """The loss of each answer ``[S]``, whose mean trains.
+
+        Args:
+            logps: summed log-probabilities of the answers ``[S]``, with their graph.
+            reference_logps: the reference model's ``[S]``.
+            desirable: whether an answer is desirable ``[S]``, booleans.
+            baseline: z, of ``baseline`` over prompts with answers of others; 0 for none.
+
+        Raises:
+            TypeError, ValueError: desirable is not boolean, or the three differ in shape.
+        """
+        if desirable.dtype != torch.bool:
+            raise TypeError(f"desirable must be boolean, got {desirable.dtype}: compare your labels with the good one")
+        if not logps.shape == reference_logps.shape == desirable.shape:
+            shapes = [list(of.shape) for of in (logps, reference_logps, desirable)]
+            raise ValueError(f"logps, reference_logps and desirable must have one shape, got {shapes}")
+        sign = torch.where(desirable, 1.0, -1.0).to(logps.dtype)
+        weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight).to(logps.dtype)
+        return weight * torch.sigmoid(-self.beta * sign * (logps - reference_logps - baseline))
+
+    @staticmethod
+    def baseline(log_ratios: Tensor) -> Tensor:
+        """``max(0, mean)`` of log-ratios to the reference, without gradient; 0 for none of them."""
+        return (log_ratios.detach().sum() / max(1, log_ratios.numel())).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ASFT(_Checked):
+    """``weight [-LS(o_w) - LS(-o_l)]`` with the log odds ``o = x' - log(1 - exp(x'))`` of the means, beside the NLL.
+
+    The sigmoid of log odds is the probability itself, so this is ``weight [-w' - log(1 - exp(l'))]``, in which nothing
+    cancels; l' is held at or below -1e-6 as in ``ORPO``, with the derivative of the bound beyond it.
+
+    Source: arXiv 2409.10571.
+    """
+
+    weight: float = 1.0
+    nll_weight: ClassVar[float] = 1.0
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of each pair."""
+        rejected = pairs.rejected_mean
+        held = torch.where(rejected > REJECTED_BOUND, REJECTED_BOUND + rejected - rejected.detach(), rejected)
+        return self.weight * (-pairs.chosen_mean - log1mexp(held))
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        return self.weight * pairs.chosen_mean, self.weight * pairs.rejected_mean
+
+
+@dataclass(frozen=True)
+class SFT:
+    """The NLL of the chosen side alone; the rejected answers are measured, and train nothing.
+
+    Pass labels that ignore the rejected half where its log-probabilities are of no use: it then costs nothing.
+    """
+
+    nll_weight: ClassVar[float] = 1.0
+
+    def __call__(self, pairs: PairLogps) -> PairTerms:
+        """Nothing for each pair."""
+        nothing = torch.zeros_like(pairs.chosen_sum)
+        return PairTerms(nothing, nothing.clone(), nothing.clone())
+
+
+@dataclass(frozen=True)
+class CPO(_Checked):
     """TRL's losses over pairs without a reference model, beside the NLL of the answers, under its names.
 
     With l the log-probability of an answer, r = l or, under an ``alpha`` that is not 0 (AlphaPO, arXiv 2501.03884),
@@ -216,12 +465,13 @@ class CPO:
     alpha: float = 0.0
     nll_weight: float = 1.0
 
+    SIGNED: ClassVar[tuple[str, ...]] = ("gamma", "alpha")
     LOSS_TYPES: ClassVar[tuple[str, ...]] = ("sigmoid", "hinge", "ipo", "simpo")
 
     def __post_init__(self) -> None:
         if self.loss_type not in self.LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {self.LOSS_TYPES}, got {self.loss_type!r}")
-        _check_numbers(self, signed=("gamma", "alpha"), text=("loss_type",))
+        super().__post_init__()
         if not torch.compiler.is_compiling():
             number("beta", self.beta, positive=self.loss_type == "ipo")
             if self.label_smoothing > 1:
@@ -247,9 +497,16 @@ class CPO:
         """The rewards of the answers before beta, chosen and rejected."""
         means = self.loss_type in ("ipo", "simpo")
         chosen, rejected = (pairs.chosen_mean, pairs.rejected_mean) if means else pairs[:2]
-        if self.alpha == 0:
-            return chosen, rejected
-        return -torch.expm1(-self.alpha * chosen) / self.alpha, -torch.expm1(-self.alpha * rejected) / self.alpha
+        return _bent(chosen, self.alpha), _bent(rejected, self.alpha)
+
+
+def _bent(x: Tensor, alpha: float) -> Tensor:
+    """``(1 - exp(-alpha x)) / alpha``, and x for an alpha of 0; a tangent where the exponential is too steep."""
+    if alpha == 0:
+        return x
+    steep = -alpha * x
+    beyond = math.exp(STEEPEST) * F.relu(steep - STEEPEST)
+    return -(torch.expm1(steep.clamp(max=STEEPEST)) + beyond) / alpha
 
 
 def _logistic(margin: Tensor, smoothing: float) -> Tensor:
@@ -257,112 +514,3 @@ def _logistic(margin: Tensor, smoothing: float) -> Tensor:
     if smoothing == 0:  # an infinite margin has no second term
         return -F.logsigmoid(margin)
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
-
-
-def _check_numbers(objective: Any, *, signed: tuple[str, ...] = (), text: tuple[str, ...] = ()) -> None:
-    """Every field but ``text`` a finite float, not negative unless ``signed``; a compiled graph's operator asks."""
-    if not torch.compiler.is_compiling():
-        for name in (field.name for field in fields(objective) if field.name not in text):
-            value = number(name, getattr(objective, name), signed=name in signed)
-            object.__setattr__(objective, name, value)
-
-
-def metric_names(objective: Any) -> tuple[str, ...]:
-    """What an objective reports beside its losses."""
-    names: tuple[str, ...] = getattr(objective, "metric_names", ())
-    return names
-
-
-def check_objective(objective: Any) -> None:
-    """A callable whose optional attributes are what they should be.
-
-    Raises:
-        TypeError, ValueError: it is not; the message names what.
-    """
-    if isinstance(objective, type) or not callable(objective):
-        got = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
-        raise TypeError(
-            f"objective must be callable on PairLogps, as orpo_kernels.objectives.ORPO(beta=0.1) is, got {got}: pass "
-            "an instance or a function"
-        )
-    names = metric_names(objective)
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"objective.metric_names must be a tuple of names, got {names!r}")
-    number("objective.nll_weight", getattr(objective, "nll_weight", 0.0))
-
-
-def terms_of(objective: Objective, pairs: PairLogps, valid: Tensor, count: int, *, differentiate: bool) -> PairTerms:
-    """``objective(pairs)`` with derivatives, 0 for the pairs that are not ``valid [P]``, and checked for its form.
-
-    What the objective sees is its own to change. One that couples pairs sees the ``count`` valid ones alone: what the
-    others hold would reach the loss through them, and no gradient back.
-
-    Raises:
-        TypeError: the objective returned neither losses nor terms.
-        ValueError: losses, derivatives or metrics are not ``[P]``; metrics have no names; the losses do not depend on
-            the log-probabilities, or depend on a tensor whose gradient would be lost.
-    """
-    if getattr(objective, "couples_pairs", False) and count < valid.numel():
-        of = torch.nonzero_static(valid, size=count).view(-1)
-        some = PairLogps(*(None if value is None else value[of] for value in pairs))  # type: ignore[arg-type]
-        found = terms_of(objective, some, valid[of], count, differentiate=differentiate)
-        everywhere = [torch.zeros_like(pairs.chosen_sum).index_copy_(0, of, v) for v in (*found[:3], *found.metrics)]
-        return PairTerms(everywhere[0], everywhere[1], everywhere[2], tuple(everywhere[3:]))
-    with torch.set_grad_enabled(differentiate):
-        sums = [value.detach().requires_grad_(differentiate) for value in pairs[:2]]
-        seen = PairLogps(*(None if v is None else v.clone() for v in (*sums, *pairs[2:])))  # type: ignore[arg-type]
-        found = _as_terms(objective(seen), valid, sums, differentiate)
-    names = metric_names(objective)
-    if len(found.metrics) != len(names):
-        raise ValueError(f"objective names {len(names)} metrics in metric_names but returned {len(found.metrics)}")
-    for name, value in zip((*PairTerms._fields[:3], *names), (*found[:3], *found.metrics), strict=True):
-        if not isinstance(value, Tensor) or value.shape != valid.shape or not value.is_floating_point():
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"objective must return one floating-point number for each of the {valid.numel()} pairs, but its "
-                f"{name} is {got}: do not take a mean over pairs"
-            )
-
-    def kept(value: Tensor) -> Tensor:
-        """A pair without an answer has no term, whatever the objective makes of it."""
-        return torch.where(valid, value.detach(), 0).to(pairs.chosen_sum.dtype)
-
-    metrics = tuple(kept(value) for value in found.metrics)
-    return PairTerms(kept(found.loss), kept(found.d_chosen_sum), kept(found.d_rejected_sum), metrics)
-
-
-def _as_terms(found: Any, valid: Tensor, sums: list[Tensor], differentiate: bool) -> PairTerms:
-    """What an objective returned, as terms; derivatives that it did not give come from autograd."""
-    if isinstance(found, PairTerms):
-        return found
-    if not isinstance(found, Tensor):
-        raise TypeError(f"objective must return a tensor of losses or PairTerms, got {type(found).__name__}")
-    if not differentiate or found.shape != valid.shape or not found.is_floating_point():
-        return PairTerms(found, torch.zeros_like(sums[0]), torch.zeros_like(sums[1]))
-    total = torch.where(valid, found, 0).sum()
-    reached = _leaves(total)
-    if not any(leaf is value for leaf in reached for value in sums):
-        raise ValueError(
-            "the objective's losses do not depend on chosen_sum, rejected_sum or their means in a way that autograd "
-            "follows: keep to torch operations, without detach"
-        )
-    if not all(any(leaf is value for value in sums) for leaf in reached):
-        raise ValueError(
-            "the objective's losses depend on a tensor that asks for a gradient of its own, which it would not get: "
-            "pass a number, or form such a loss from linear_logprobs"
-        )
-    d_chosen, d_rejected = torch.autograd.grad(total, sums, materialize_grads=True)
-    return PairTerms(found, d_chosen, d_rejected)
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    """The tensors that autograd would accumulate a gradient in."""
-    ahead, seen, found = [value.grad_fn], set(), []
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            ahead += [before for before, _ in node.next_functions]
-            if hasattr(node, "variable"):
-                found.append(node.variable)
-    return found

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from orpo_kernels.backends import PAIR_ROWS, acc_dtype, grad_dtype
 from orpo_kernels.engine import Losses, late_grads, logps_of, run, warn_skipped
-from orpo_kernels.objectives import metric_names
+from orpo_kernels.pairs import metric_names
 from orpo_kernels.prepare import prepare
 from orpo_kernels.settings import Batch, Head, Needs, Settings, checked_head
 

@@ -78,7 +78,7 @@ def _own_rows(hidden: Any, head: Head) -> tuple[Any, Head]:
 def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Needs | None = None) -> Prepared:
     """Everything before the first product; ``needs`` is what the tensors ask for, unless told.
 
-    Inside an operator they no longer say. The objective is one that ``objectives.check_objective`` let pass.
+    Inside an operator they no longer say. The objective is one that ``pairs.check_objective`` let pass.
 
     Raises:
         TypeError, ValueError: an input that cannot be right.

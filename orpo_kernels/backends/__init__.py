@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import targets
-from orpo_kernels.objectives import Objective, PairLogps, PairTerms, terms_of
+from orpo_kernels.pairs import Objective, PairLogps, PairTerms, terms_of
 from orpo_kernels.settings import Head
 from orpo_kernels.targets import ANSWER, NLL, Columns, Pairs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orpo_kernels import OrpoLoss, OrpoOutput, linear_logprobs, orpo_loss, preference_loss
-from orpo_kernels.objectives import CPO, DPO, ORPO, PairLogps, SimPO
+from orpo_kernels.objectives import CPO, DPO, KTO, ORPO, PairLogps, SimPO
 from orpo_kernels.operators import pack, unpack
 from orpo_kernels.settings import Batch, Head, Settings
 from tests.cases import DEVICE, Case, make
@@ -101,7 +101,9 @@ def largest_margin(pairs: PairLogps) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "objective", [SimPO(2.0, 0.5), DPO(0.1), CPO(0.3, "ipo"), largest_margin], ids=["simpo", "dpo", "cpo", "function"]
+    "objective",
+    [SimPO(2.0, 0.5), DPO(0.1, 0.1, True), CPO(0.3, "ipo"), KTO(0.1), largest_margin],
+    ids=["simpo", "dpo", "cpo", "kto", "function"],
 )
 def test_one_graph_over_any_objective(objective: Any) -> None:
     case = make(torch.float64)

@@ -10,8 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels import objectives, orpo_loss, preference_loss, reference
-from orpo_kernels.objectives import CPO, DPO, ORPO, PairLogps, PairTerms, SimPO
+from orpo_kernels import orpo_loss, preference_loss, reference
+from orpo_kernels.objectives import (
+    APO,
+    ASFT,
+    CPO,
+    DPO,
+    IPO,
+    KTO,
+    MMPO,
+    NCA,
+    ORPO,
+    SFT,
+    SPPO,
+    AlphaPO,
+    PairLogps,
+    PairTerms,
+    ProbabilityRatio,
+    SimPO,
+    SLiC,
+)
+from orpo_kernels.pairs import terms_of
 from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, every_run, make, relative
 
 
@@ -24,6 +43,12 @@ def hinge(pairs: PairLogps) -> Tensor:
 
 OBJECTIVES: dict[str, Any] = {"orpo": ORPO(0.3), "simpo": SimPO(2.5, 0.3), "dpo": DPO(0.2, 0.1), "own": hinge}
 OBJECTIVES |= {f"cpo {kind}": CPO(0.2, kind, 0.1, 0.4, 0.05) for kind in CPO.LOSS_TYPES}
+FAMILY: list[Any] = [
+    *(ORPO(), ProbabilityRatio(), SimPO(), AlphaPO(0.25), AlphaPO(-0.5), DPO(), DPO(0.1, 0.2), DPO(0.1, 0.2, True)),
+    *(IPO(), SLiC(), NCA(), SPPO(), APO(), APO(kind="down"), MMPO(), KTO(), ASFT(), SFT()),
+    *(CPO(loss_type=kind) for kind in CPO.LOSS_TYPES),
+    CPO(alpha=0.25),
+]
 
 
 def given(case: Case, seed: int = 5) -> dict[str, Tensor]:
@@ -83,23 +108,90 @@ def test_formulas_of_the_papers() -> None:
     torch.testing.assert_close(DPO(0.1, 0.2)(pairs), smoothed)
 
 
-@pytest.mark.parametrize("objective", [ORPO(), SimPO(), DPO(), *(CPO(loss_type=k) for k in CPO.LOSS_TYPES)], ids=str)
+def test_formulas_without_released_code() -> None:
+    w, ell, n, m, a, b = -6.0, -9.0, 3.0, 4.0, -1.0, -2.0  # a and b are the log-ratios
+    values = [torch.tensor([value], dtype=torch.float64) for value in (w, ell, n, m, w - a, ell - b, 0.7)]
+    pairs, quality = PairLogps(*values), torch.tensor(0.7, dtype=torch.float64)
+    sigmoid, log_sigmoid = torch.sigmoid, F.logsigmoid
+    bends = [(1 - torch.exp(torch.tensor(-0.3 * x, dtype=torch.float64))) / 0.3 for x in (w / n, ell / m)]
+    p, d = sigmoid(2 * quality), torch.tensor(0.1 * (a - b), dtype=torch.float64)
+    odds = [x - torch.log(1 - torch.exp(x)) for x in (values[0] / n, values[1] / m)]
+    wins = 0.5 * ((a - (quality - 0.5) / 0.1) ** 2 + (b - (0.5 - quality) / 0.1) ** 2)
+    expected: list[tuple[Any, Any]] = [
+        (ProbabilityRatio(0.3), -0.3 * log_sigmoid(values[0] / n - values[1] / m)),
+        (AlphaPO(0.3, 2.0, 0.4), -log_sigmoid(2 * (bends[0] - bends[1]) - 0.4)),
+        (MMPO(0.1, 2.0), -p * log_sigmoid(d) - (1 - p) * log_sigmoid(-d)),
+        (SPPO(0.1), wins),
+        (ASFT(0.5), 0.5 * (-log_sigmoid(odds[0]) - log_sigmoid(-odds[1]))),
+        (KTO(0.1, 1.5, 0.5), 0.5 * (1.5 * sigmoid(torch.tensor(-0.1 * a)) + 0.5 * sigmoid(torch.tensor(0.1 * b)))),
+    ]
+    for objective, loss in expected:
+        torch.testing.assert_close(objective(pairs), torch.as_tensor(loss, dtype=torch.float64).reshape(1)), objective
+
+
+def test_ktos_baseline_couples_pairs_and_has_no_gradient() -> None:
+    sums = torch.tensor([-6.0, -2.0, -4.0, -3.0], dtype=torch.float64)
+    reference = torch.tensor([-9.0, -1.0, -9.0, -4.0], dtype=torch.float64)
+    chosen, rejected = (sums - reference).chunk(2)
+    pairs = PairLogps(*sums.chunk(2), *torch.ones(2, 2, dtype=torch.float64), *reference.chunk(2))
+    expected = 0.5 * (
+        torch.sigmoid(-0.5 * (chosen - rejected.mean())) + torch.sigmoid(0.5 * (rejected - chosen.mean()))
+    )
+    torch.testing.assert_close(KTO(0.5)(pairs), expected)
+    terms = terms_of(KTO(0.5), pairs, torch.ones(2, dtype=torch.bool), 2, differentiate=True)
+    s = torch.sigmoid(-0.5 * (chosen - rejected.mean()))
+    torch.testing.assert_close(terms.d_chosen_sum, -0.25 * s * (1 - s))
+    assert KTO.couples_pairs
+    assert KTO.baseline(-chosen) == 0
+    assert KTO.baseline(chosen[:0]) == 0
+
+
+def test_sft_is_the_cross_entropy_of_the_chosen_side() -> None:
+    case = make(torch.float64, pairs=3)
+    out = preference_loss(case.hidden, case.weight, case.labels, SFT())
+    logits = (case.hidden[:3] @ case.weight.T).flatten(0, 1)
+    naive = F.cross_entropy(logits, case.labels[:3].flatten())
+    torch.testing.assert_close(out.loss, naive)
+    expected = case.grads(naive)
+    for name, grad in case.grads(out.loss).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("objective", FAMILY, ids=str)
+def test_the_family_in_groups_and_at_once(objective: Any) -> None:
+    """The same values and gradients as full logits with the class itself in float64, in one group and in several."""
+    case = make(torch.float64, pairs=5, vocab=600)
+    inputs, extra = (case.hidden, case.weight, case.labels), given(case)
+    if isinstance(objective, SFT | ORPO):
+        plain = reference.odds_ratio() if isinstance(objective, ORPO) else lambda pairs: 0 * pairs.chosen_sum
+    else:
+        plain = objective
+    options = {**extra, "nll_weight": getattr(objective, "nll_weight", 0.0)}
+    truth = reference.preference_loss(*inputs, plain, **options)["loss"]
+    expected = case.grads(truth)
+    for workspace in (None, 25 * (600 + 32 * 3) * 8):
+        out = preference_loss(*inputs, objective, workspace_bytes=workspace, **extra)
+        torch.testing.assert_close(out.loss, truth)
+        for name, grad in case.grads(out.loss).items():
+            torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("objective", FAMILY, ids=str)
 def test_closed_forms_agree_with_autograd_and_extremes_are_finite(objective: Any) -> None:
     levels = -torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 0.5, 3.0, 40.0, 900.0], dtype=torch.float64)
     chosen, rejected = (grid.reshape(-1) for grid in torch.meshgrid(levels, levels, indexing="ij"))
     length = torch.full_like(chosen, 7.0)
-    pairs = PairLogps(7 * chosen, 7 * rejected, length, length, torch.zeros_like(chosen), torch.zeros_like(chosen))
+    nothing = torch.zeros_like(chosen)
+    pairs = PairLogps(7 * chosen, 7 * rejected, length, length, nothing, nothing, nothing + 0.5)
     everything = torch.ones_like(chosen, dtype=torch.bool)
     for dtype in (torch.float64, torch.float32):
         of = PairLogps(*(None if value is None else value.to(dtype) for value in pairs))
-        terms = objectives.terms_of(objective, of, everything, 64, differentiate=True)
+        terms = terms_of(objective, of, everything, 64, differentiate=True)
         for value in (*terms[:3], *terms.metrics):
             assert torch.isfinite(value).all()
     if isinstance(objective, ORPO):
-        closed = objectives.terms_of(objective, pairs, everything, 64, differentiate=True)
-        by_autograd = objectives.terms_of(
-            reference.odds_ratio(objective.beta), pairs, everything, 64, differentiate=True
-        )
+        closed = terms_of(objective, pairs, everything, 64, differentiate=True)
+        by_autograd = terms_of(reference.odds_ratio(objective.beta), pairs, everything, 64, differentiate=True)
         for mine, theirs in zip(closed[:3], by_autograd[:3], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-300)
 
@@ -279,6 +371,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "names 0 metrics in metric_names but returned 1",
     ),
+    "mmpo without margins": (
+        {"objective": MMPO(), "reference_logps": torch.zeros(4)},
+        ValueError,
+        "this objective needs margins",
+    ),
+    "kto without a reference": ({"objective": KTO()}, ValueError, "needs reference_logps"),
     "dpo without a reference": ({"objective": DPO()}, ValueError, "needs reference_logps"),
     "reference of another shape": (
         {"objective": DPO(), "reference_logps": torch.zeros(2)},
@@ -318,6 +416,12 @@ def test_bad_input(case: str) -> None:
         (lambda: ORPO(-1.0), "beta must be finite and not negative, got -1.0"),
         (lambda: SimPO(2.0, float("nan")), "gamma must be finite"),
         (lambda: DPO(0.1, 0.5), "label_smoothing must be below 0.5, got 0.5"),
+        (lambda: AlphaPO(float("inf")), "alpha must be finite, got inf"),
+        (lambda: IPO(0.0), "beta must be finite and positive, got 0.0"),
+        (lambda: SPPO(0.0), "beta must be finite and positive, got 0.0"),
+        (lambda: APO(kind="up"), r"kind must be one of \('zero', 'down'\), got 'up'"),
+        (lambda: KTO(desirable_weight=-1.0), "desirable_weight must be finite and not negative, got -1.0"),
+        (lambda: DPO(nll_weight=-1.0), "nll_weight must be finite and not negative, got -1.0"),
         (lambda: CPO(loss_type="kto"), r"loss_type must be one of \('sigmoid', 'hinge', 'ipo', 'simpo'\), got 'kto'"),
         (lambda: CPO(0.0, "ipo"), "beta must be finite and positive, got 0.0"),
         (lambda: CPO(label_smoothing=1.1), "label_smoothing must be at most 1, got 1.1"),
@@ -328,3 +432,13 @@ def test_bad_input(case: str) -> None:
 def test_bad_numbers_of_an_objective(make_one: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_one()
+
+
+def test_bad_input_of_ktos_answers() -> None:
+    logps, desirable = torch.zeros(4), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"desirable must be boolean, got torch.int64"):
+        KTO().of_answers(logps, logps, desirable.long(), 0.0)
+    with pytest.raises(ValueError, match=r"must have one shape, got \[\[4\], \[1\], \[4\]\]"):
+        KTO().of_answers(logps, logps[:1], desirable, 0.0)
+    with pytest.raises(TypeError, match="robust must be True or False, got 1"):
+        DPO(robust=1)  # type: ignore[arg-type]
