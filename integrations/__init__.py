@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         unpatch_transformers,
     )
     from orpo_kernels.integrations.liger import patch_liger, unpatch_liger
+    from orpo_kernels.pairs import Objective
 
 HOMES = {
     **dict.fromkeys(("fuse", "fusion_report", "patch_transformers", "unfuse", "unpatch_transformers"), "lazy.heads"),
@@ -97,7 +98,9 @@ class Trainer:
         """
         return importlib.import_module(self.integration).PATCH
 
-    def patch(self, backend: str | None = None, workspace_bytes: int | None = None) -> None:
+    def patch(
+        self, backend: str | None = None, workspace_bytes: int | None = None, objective: Objective | None = None
+    ) -> None:
         """Replace the trainer's methods, or give those in place other settings.
 
         Raises:
@@ -106,7 +109,7 @@ class Trainer:
         """
         from orpo_kernels.integrations.trainer import Settings
 
-        self.load().apply(Settings.chosen(backend, workspace_bytes))
+        self.load().apply(Settings.chosen(backend, workspace_bytes), objective)
 
 
 TRL_ORPO = Trainer(
@@ -143,13 +146,20 @@ LIGER = Trainer(
 )
 
 
-def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None) -> None:
+def patch_trl(
+    *, objective: Objective | None = None, backend: str | None = None, workspace_bytes: int | None = None
+) -> None:
     """Make TRL's ``ORPOTrainer`` and ``CPOTrainer`` and their subclasses compute their loss without full logits.
 
     Works before or after the classes were imported and for trainers that exist already. Patching twice is patching
     once, with the settings of the second. If one of the two is not there or not known, a warning says so.
 
     Args:
+        objective: what both trainers are to train in place of their own loss: one of ``orpo_kernels.objectives``, or a
+            callable of your own from ``PairLogps`` to losses. Its ``nll_weight`` is that of the NLL, 0 without one; of
+            the trainer's options it reads none. One that needs a reference model reads the dataset's columns
+            ``ref_chosen_logps`` and ``ref_rejected_logps``, sums over the answers as the trainer truncates them; one
+            with margins reads ``margin``. A trainer that cannot be fused then raises, rather than train its own loss.
         backend: "auto" or a backend's name, as in ``orpo_loss``; None takes the environment's ``ORPO_KERNELS_BACKEND``,
             else "auto", under which a kernel that fails on its first call gives way to the torch backend.
         workspace_bytes: as in ``orpo_loss``; None takes ``ORPO_KERNELS_WORKSPACE_BYTES``, else the default.
@@ -157,8 +167,13 @@ def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None)
     Raises:
         ImportError: trl is missing or has neither trainer in a form this package knows; the message says what would
             help.
+        TypeError: objective is not one.
         ValueError: no such backend, or no such number of bytes.
     """
+    if objective is not None:
+        from orpo_kernels.pairs import check_objective
+
+        check_objective(objective)
     known = _patches_of_trl()
     for trainer, patch in known.items():
         if isinstance(patch, ImportError):
@@ -166,7 +181,7 @@ def patch_trl(*, backend: str | None = None, workspace_bytes: int | None = None)
                 raise patch
             logging.getLogger("orpo_kernels").warning("orpo_kernels: leaves %s alone: %s", trainer.target, patch)
         else:
-            trainer.patch(backend, workspace_bytes)
+            trainer.patch(backend, workspace_bytes, objective)
 
 
 def unpatch_trl() -> None:
@@ -177,19 +192,21 @@ def unpatch_trl() -> None:
 
 
 @contextmanager
-def patched_trl(*, backend: str | None = None, workspace_bytes: int | None = None) -> Iterator[None]:
+def patched_trl(
+    *, objective: Objective | None = None, backend: str | None = None, workspace_bytes: int | None = None
+) -> Iterator[None]:
     """``patch_trl`` for the length of a ``with`` block; a patch that was there before stays after it."""
     patches = [patch for patch in _patches_of_trl().values() if not isinstance(patch, ImportError)]
-    before = [(patch, patch.settings if patch.applied else None) for patch in patches]
-    patch_trl(backend=backend, workspace_bytes=workspace_bytes)
+    before = [(patch, patch.settings if patch.applied else None, patch.objective) for patch in patches]
+    patch_trl(objective=objective, backend=backend, workspace_bytes=workspace_bytes)
     try:
         yield
     finally:
-        for patch, settings in before:
+        for patch, settings, trained in before:
             if settings is None:
                 patch.undo()
             else:
-                patch.apply(settings)
+                patch.apply(settings, trained)
 
 
 def _patches_of_trl() -> dict[Trainer, Any]:

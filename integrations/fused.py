@@ -79,7 +79,7 @@ def fused_loss(
         RuntimeError: a later batch takes another way through the model than the one that was checked, or the model's
             own log-probabilities differ.
     """
-    labels = Labels(batch.answer, batch.nll)
+    labels = Labels(batch.answer, batch.nll, None, batch.reference_logps, batch.margins)
 
     def given(settings: Settings) -> CallSettings:
         return _of_call(batch, settings, objective, nll_weight=nll_weight, nll_reduction=nll_reduction)

@@ -26,6 +26,8 @@ class Batch(NamedTuple):
     nll: Tensor  # [P, T]
     ignore_index: int
     averaged: slice = slice(None, -1)  # positions over which a trainer logs mean logits
+    reference_logps: Tensor | None = None  # [2P], for an objective that needs them
+    margins: Tensor | None = None  # [P]
 
 
 class Call(ABC):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orpo_kernels.backends import available
 from orpo_kernels.loss import PreferenceOutput, metrics_of
+from orpo_kernels.pairs import Objective
 
 BACKEND_VARIABLE = "ORPO_KERNELS_BACKEND"
 WORKSPACE_VARIABLE = "ORPO_KERNELS_WORKSPACE_BYTES"
@@ -62,6 +63,7 @@ class Patch:
         self.owner, self.replacements, self.stands_for = owner, replacements, stands_for
         self.stock: dict[str, Any] = {}
         self.settings = Settings()
+        self.objective: Objective | None = None  # in place of the trainer's own
         missing = [name for name in (*replacements, *stands_for) if not hasattr(owner, name)]
         if missing:
             raise ImportError(
@@ -73,9 +75,9 @@ class Patch:
     def applied(self) -> bool:
         return bool(self.stock)
 
-    def apply(self, settings: Settings) -> None:
-        """Replace the methods, or give the ones in place other settings."""
-        self.settings = settings
+    def apply(self, settings: Settings, objective: Objective | None = None) -> None:
+        """Replace the methods, or give the ones in place other settings and another objective."""
+        self.settings, self.objective = settings, objective
         if not self.applied:
             self.stock = {name: self.owner.__dict__[name] for name in (*self.replacements, *self.stands_for)}
             for name, method in self.replacements.items():
@@ -91,7 +93,7 @@ class Patch:
             from orpo_kernels.integrations.detours import leave_nothing
 
             leave_nothing()
-        self.stock = {}
+        self.stock, self.objective = {}, None
 
     def own_method(self, trainer: Any, names: tuple[str, ...]) -> str | None:
         """The first of these methods that the trainer, its class or a later patch brings itself, as a sentence."""

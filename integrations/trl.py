@@ -39,21 +39,32 @@ def patch_of(owner: type, rules: Pairs) -> Patch:
     """
 
     def get_batch_loss_metrics(self: Any, model: nn.Module, batch: dict[str, Any], train_eval: str = "train") -> Any:
-        """The loss and TRL's metrics of a batch, as TRL's method of this name returns them."""
+        """The loss and TRL's metrics of a batch, as TRL's method of this name returns them.
+
+        Raises:
+            RuntimeError: the patch has an objective of its own, and this trainer cannot be fused.
+        """
         stock = patch.stock["get_batch_loss_metrics"]
-        site = _site(patch, self, model, ("concatenated_forward", "get_batch_logps"))
-        objective = None if patch.own_method(self, (rules.loss,)) else _objective(rules, self)
+        site: Any = _site(patch, self, model, ("concatenated_forward", "get_batch_logps"))
+        own = patch.objective
+        if own is None:
+            objective = None if patch.own_method(self, (rules.loss,)) else _objective(rules, self)
+        else:
+            objective, site = own, patch.own_method(self, (rules.loss,)) or site
         if isinstance(site, Site) and objective is None:
             return stock(self, model, batch, train_eval)  # its log-probabilities come from concatenated_forward below
         fused: Any = site
-        if isinstance(site, Site):
-            fused = fused_loss(patch, self, model, site, _batch(rules, self, batch), objective)
+        if isinstance(site, Site) and objective is not None:
+            inputs = _batch(rules, self, batch)
+            fused = fused_loss(patch, self, model, site, inputs if own is None else _given(inputs, batch), objective)
         if isinstance(fused, str):
+            if own is not None:
+                raise _another(own, fused)
             keeps_stock(self, fused)
             return stock(self, model, batch, train_eval)
         out, output = fused
         loss = out.loss + self.aux_loss_coef * output.aux_loss if self.aux_loss_enabled else out.loss
-        if not rules.has_nll(self):
+        if own is None and not rules.has_nll(self):
             out = out._replace(nll_loss=torch.zeros_like(out.nll_loss))
         sums, means = out.pairs[:2], (out.pairs.chosen_mean, out.pairs.rejected_mean)
         metrics = metrics_of_all_ranks(self.accelerator, out, means if rules.averages(self) else sums)
@@ -61,7 +72,13 @@ def patch_of(owner: type, rules: Pairs) -> Patch:
         return loss, {prefix + name: value for name, value in metrics.items()}
 
     def concatenated_forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> Any:
-        """What TRL's method of this name returns; their mean stands for the logits, of which no more is read."""
+        """What TRL's method of this name returns; their mean stands for the logits, of which no more is read.
+
+        Raises:
+            RuntimeError: the patch has an objective of its own, which whoever asks for log-probabilities passes by.
+        """
+        if patch.objective is not None:
+            raise _another(patch.objective, f"{type(self).__name__} makes its own of concatenated_forward")
         site = _site(patch, self, model, ("get_batch_logps",))
         fused: Any = site
         if isinstance(site, Site):
@@ -78,6 +95,10 @@ def patch_of(owner: type, rules: Pairs) -> Patch:
     replaced = {"get_batch_loss_metrics": get_batch_loss_metrics, "concatenated_forward": concatenated_forward}
     patch = Patch(owner, replaced, (rules.loss, "get_batch_logps", "concatenated_inputs"))
     return patch
+
+
+def _another(objective: Objective, why: str) -> RuntimeError:
+    return RuntimeError(f"patch_trl was given the objective {objective!r}, and another loss would be trained: {why}")
 
 
 def _site(patch: Patch, trainer: Any, model: nn.Module, stands_for: tuple[str, ...]) -> Site | str:
@@ -113,3 +134,18 @@ def _batch(rules: Pairs, trainer: Any, batch: dict[str, Any]) -> Batch:
     if trainer.aux_loss_enabled:
         inputs["output_router_logits"] = True
     return Batch(inputs, answer, nll, ignore, rules.averaged)
+
+
+def _given(inputs: Batch, batch: dict[str, Any]) -> Batch:
+    """With what an objective may need of the dataset: the reference model's sums under TRL's names, and margins."""
+    device = inputs.answer.device
+    reference = [batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
+    margins = batch.get("margin")
+    return inputs._replace(
+        reference_logps=torch.cat([_numbers(side, device) for side in reference]) if len(reference) == 2 else None,
+        margins=None if margins is None else _numbers(margins, device),
+    )
+
+
+def _numbers(values: Any, device: torch.device) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32, device=device)
