@@ -209,8 +209,8 @@ def _shifted_labels(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _of_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities ``[S, T]`` from full logits, 0 where there is no label."""
-    labels = labels.to(logits.device)
+    """Log-probabilities ``[S, T]`` from full logits, 0 where there is no label; virtual tokens come first there."""
+    labels, logits = labels.to(logits.device), logits[:, logits.shape[1] - labels.shape[1] :]
     flat = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
     return -losses.view(labels.shape)
