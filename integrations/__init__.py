@@ -1,4 +1,4 @@
-"""Ways into scripts as they are: any model's head made lazy (``lazy``), and patches for trainers.
+"""Ways into scripts as they are: any model's head made lazy (``lazy``), patches for trainers, a reference's numbers.
 
 A patch has a module of its own, and all are known here: a new trainer is one module over ``trainer.py`` with a
 ``PATCH``, and one line in ``TRAINERS``. The patch of Liger's loss is asked for by name alone, in ``liger.py``.
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "TESTED",
     "TRAINERS",
+    "add_reference_logps",
     "fuse",
     "fusion_report",
     "patch_liger",
     "patch_transformers",
     "patch_trl",
     "patched_trl",
+    "precompute",
     "unfuse",
     "unpatch_liger",
     "unpatch_transformers",
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
         unpatch_transformers,
     )
     from orpo_kernels.integrations.liger import patch_liger, unpatch_liger
+    from orpo_kernels.integrations.reference import add_reference_logps, precompute
     from orpo_kernels.pairs import Objective
 
 HOMES = {
     **dict.fromkeys(("fuse", "fusion_report", "patch_transformers", "unfuse", "unpatch_transformers"), "lazy.heads"),
     **dict.fromkeys(("patch_liger", "unpatch_liger"), "liger"),
+    **dict.fromkeys(("add_reference_logps", "precompute"), "reference"),
 }
 
 

@@ -131,6 +131,25 @@ def fused_logprobs(
     return fused[0]._replace(answer=answer, nll=nll), fused[1]
 
 
+def fused_answers(patch: Patch, trainer: Any, model: nn.Module, site: Site, batch: Batch) -> Tensor | str:
+    """Log-probabilities ``[S, T]`` of the answers alone, of any number of sequences, without gradient; or why not.
+
+    Raises:
+        RuntimeError: as ``fused_loss``.
+    """
+    labels = Labels(batch.answer)
+
+    def score(hidden: Tensor, head: Head, shift: float, settings: Settings) -> Tensor:
+        return logprobs_of_head(hidden, head, labels, _of_call(batch, settings))
+
+    def plan(hidden: Tensor, head: Head, settings: Settings) -> object:
+        return f"log-probabilities, {plan_of_head(hidden, head, labels, _of_call(batch, settings))}"
+
+    with torch.no_grad():
+        fused = _forward(patch, trainer, model, site, batch, Work(score, lambda logps: logps, plan))
+    return fused if isinstance(fused, str) else fused[0]
+
+
 def _of_call(batch: Batch, settings: Settings, objective: Objective | None = None, **more: Any) -> CallSettings:
     """What every fused function is told beside tensors; without an objective, of log-probabilities."""
     return CallSettings(objective, ignore_index=batch.ignore_index, **more, **settings._asdict())

@@ -13,6 +13,7 @@ from orpo_kernels.loss import (
     orpo_loss,
     preference_loss,
 )
+from orpo_kernels.sequences import sequence_logprobs
 from orpo_kernels.shards import Shard
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "orpo_loss",
     "preference_loss",
     "reference",
+    "sequence_logprobs",
 ]
 __version__ = "0.1.0"

@@ -164,8 +164,10 @@ def check_labels(name: str, labels: Tensor, hidden: Tensor, *, expected: torch.S
     raise ValueError(f"{name} must be {list(expected)}, one for each position of hidden, got shape {shape(labels)}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
-    """Packed offsets ``[2P + 1]``: from 0 to N, never falling, for an even number of sequences.
+def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor, *, pairs: bool = True) -> None:
+    """Packed offsets ``[S + 1]``: from 0 to N, never falling; for ``pairs`` of an even number of sequences.
+
+    Inside ``torch.compile`` their values, which no graph can read, are taken as they are.
 
     Raises:
         TypeError: not an integer tensor.
@@ -178,12 +180,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
         raise ValueError(
             f"with cu_seqlens hidden must be packed [N, H], got shape {shape(hidden)}: drop one of the two"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens must be [S + 1], offsets of S sequences, the first of them 0, got shape {shape(cu_seqlens)}: "
+            "pass torch.cat([zero, lengths.cumsum(0)])"
+        )
+    if pairs and cu_seqlens.numel() % 2 == 0:
         raise ValueError(
             f"cu_seqlens must be [2P + 1], offsets of an even number of sequences, chosen first, got shape "
             f"{shape(cu_seqlens)}: give every chosen sequence its rejected one"
         )
     _same_device("cu_seqlens", cu_seqlens, hidden)
+    if torch.compiler.is_compiling():
+        return
     offsets: list[int] = cu_seqlens.tolist()  # a few integers; the packed form's second and last host copy
     if offsets[0] != 0 or offsets[-1] != hidden.shape[0] or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(
