@@ -2,7 +2,8 @@
 
 Real calls on small CPU tensors record their launches instead of starting them; what they would have launched, with the
 types, constants and tiles of the chip's row in the configuration table, is compiled for that chip. Registers,
-spills and shared memory come from the assembler's own report, the tensor-core instruction from the assembly.
+spills and shared memory come from the assembler's own report, the tensor-core instruction from the assembly, and the
+epilogue's instructions an entry of E from what the assembler made of it (``sass``).
 """
 
 import importlib
@@ -21,6 +22,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from benchmarks.lab import sass
 from benchmarks.report.tables import text
 from orpo_kernels import linear_logprobs, orpo_loss, targets
 from orpo_kernels.backends.kernels.configs import config
@@ -47,7 +49,8 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, (r"tcgen05\.mma", r"mma\.sync")),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, (r"v_mfma\w*",)),
 }
-GEMMS = ("exp_gemm_tma_kernel", "exp_gemm_kernel", "recompute_overflowed_kernel")
+WITH_EPILOGUE = ("exp_gemm_tma_kernel", "exp_gemm_kernel")
+GEMMS = (*WITH_EPILOGUE, "recompute_overflowed_kernel")
 # Arguments that are None where a branch of a kernel is off.
 OPTIONAL = {"exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight", "grad_logp_hidden", "source_rows"}
 OPTIONAL |= {"out_rows", "a", "b", "label_entry"}
@@ -165,26 +168,28 @@ def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
 
 def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
     """Compile one launch for one chip and read the assembler's report. ``config`` names dtypes, tiles, warps, stages,
-    and which branches are on; a product of 16-bit matrices ``wants_tensor_core``."""
+    and which branches are on; a product of 16-bit matrices ``wants_tensor_core``; the ``instructions`` are those of the
+    epilogue for an entry of E, where there is SASS to count them in."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    target = TARGETS[arch]
+    target, constants = TARGETS[arch], dict(launch.constants)
     source = triton.compiler.ASTSource(
         fn=getattr(importlib.import_module(launch.module), launch.kernel),
         signature=dict(launch.signature),
-        constexprs=dict(launch.constants),
+        constexprs=constants,
         attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
     )
     chip, options = GPUTarget(*target[:3]), {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=chip, options=options)
     if target.backend == "cuda":
         assembly = compiled.asm["ptx"]
-        registers, spills = _cuda_resources(compiled.asm["cubin"])
+        registers, spills, instructions = _cuda_resources(compiled.asm["cubin"], launch.kernel in WITH_EPILOGUE)
     else:
         assembly = compiled.asm["amdgcn"]
         fields = dict(re.findall(r"\.(\w+):\s+(\d+)", assembly))
         registers, spills = int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])  # scratch of a thread
+        instructions = None
     instruction = next(filter(None, (re.search(pattern, assembly) for pattern in target.tensor_core)), None)
     kinds = {name: re.sub(r"tensordesc<(\w+).*", r"\1", kind.strip("*")) for name, kind in launch.signature}
     named = [kinds[name] for name in ("hidden_ptr", "hidden_desc", "source_ptr", "values_ptr") if name in kinds]
@@ -192,6 +197,7 @@ def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
     tiles = [f"{name.lower().removeprefix('block_')}={value}" for name, value in sizes]
     flags = [name.lower() for name, value in launch.constants if value is True]
     present = [re.sub(r"_(ptr|desc)$", "", name) for name, kind in launch.signature if kind != "constexpr"]
+    entries = constants.get("BLOCK_N", 0) * constants.get("BLOCK_V", 0) / (target.warp * launch.warps)  # of a thread
     words = [*named, *tiles, f"warps={launch.warps} stages={launch.stages}", *flags]
     return {
         "kernel": launch.kernel,
@@ -199,6 +205,7 @@ def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
         "config": " ".join([*words, *(name for name in present if name in OPTIONAL)]),
         "registers": registers,
         "spill_bytes": spills,
+        "instructions": instructions and round(instructions / entries, 1),
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": target.shared_limit,
         "tensor_core": instruction[0] if instruction else "",
@@ -216,8 +223,8 @@ def problem(row: Mapping[str, Any]) -> str:
     return "no tensor cores" if row["wants_tensor_core"] and not row["tensor_core"] else ""
 
 
-def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack and local memory: what spilled."""
+def _cuda_resources(cubin: bytes, with_epilogue: bool) -> tuple[int, int, int | None]:
+    """Registers of a thread, bytes of its stack and local memory (what spilled), and instructions of its epilogue."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -225,9 +232,10 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = sass.parse(sass.listing(Path(file.name), tool)) if with_epilogue else None
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report.stdout + report.stderr)
     assert found is not None, report.stdout
-    return int(found[1]), int(found[2]) + int(found[3])
+    return int(found[1]), int(found[2]) + int(found[3]), code and sass.epilogue(code)
 
 
 def run(targets: Sequence[str]) -> list[dict[str, Any]]:
@@ -239,7 +247,8 @@ def run(targets: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a binary; what is wrong with any stands at the end."""
-    shown = ["target", "kernel", "config", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
+    """One line a binary, with its epilogue's instructions an entry of E; what is wrong with any stands at the end."""
+    shown = ["target", "kernel", "config", "registers", "spill_bytes", "instructions", "shared_bytes", "tensor_core"]
     bad = [f"{row['target']} {row['kernel']} {row['config']}: {problem(row)}" for row in rows if problem(row)]
-    return "\n".join([text(pd.DataFrame(rows)[shown]), *bad, f"{len(rows)} binaries, {len(bad)} with a problem"])
+    table = pd.DataFrame(rows, dtype=object)[shown].fillna("")
+    return "\n".join([text(table), *bad, f"{len(rows)} binaries, {len(bad)} with a problem"])
