@@ -64,7 +64,7 @@ kernels: install  ## write the package as a kernel repository for Hugging Face's
 
 # Says which modules GPU_PYTHON lacks, where a traceback would be about the first of them alone.
 define needs
-@PYTHONPATH=$(PEERS) $(GPU_PYTHON) -c 'import importlib.util as u, sys; lost = [m for m in sys.argv[1:] if not u.find_spec(m)]; sys.exit(lost and "$(GPU_PYTHON) lacks " + ", ".join(lost) + ": install them into it, name another (make GPU_PYTHON=...), or make install")' $(1)
+@PYTHONPATH=$(PEERS) $(GPU_PYTHON) -c 'import importlib.util as u, sys; lost = [m for m in sys.argv[1:] if not u.find_spec(m)]; sys.exit(bool(lost) and "$(GPU_PYTHON) lacks " + ", ".join(lost) + ": install them into it, name another (make GPU_PYTHON=...), or make install")' $(1)
 endef
 
 gpu: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: the suite, the sanitizers, the race, its targets

@@ -360,7 +360,7 @@ class KTO(_AgainstReference):
 
     On pairs (as an objective; needs ``reference_logps``) the baseline of one side is estimated from the answers of the
     other, so pairs are coupled, and the loss of a pair is the mean of its two answers'. On answers without a partner
-    call ``of_answers`` with their log-probabilities, as ``linear_logprobs(...).sum(-1)`` has them.
+    call ``of_answers`` with their log-probabilities, as ``sequence_logprobs`` has them.
 
     Source: arXiv 2402.01306, equation 7.
     """

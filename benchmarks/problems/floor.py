@@ -53,10 +53,13 @@ def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
 def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) -> Step:
     """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice. It is a
     floor, not a rival: nothing is allocated or accumulated within, and dw has a factor of its own, already transposed,
-    since no implementation has both layouts for nothing, but one may have either."""
+    since no implementation has both layouts for nothing, but one may have either. Its rows begin at multiples of 128
+    bytes whatever the number of targets, since an implementation may do so too and others are slow on a GPU."""
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
     logits = rows.new_empty(chunk * tokens)
-    transposed = rows.new_empty(chunk * tokens if products == 3 else 0).normal_()
+    per_line = 128 // rows.element_size()
+    stride = -(-chunk // per_line) * per_line
+    transposed = rows.new_empty(stride * tokens if products == 3 else 0).normal_()
 
     def step() -> None:
         for h, grad_h in zip(rows.split(chunk), grad_rows.split(chunk), strict=True):
@@ -67,6 +70,6 @@ def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) 
                 if products > 1:
                     torch.mm(z, w, out=grad_h)
                 if products > 2:
-                    torch.mm(transposed[: count * width].view(width, count), h, out=grad_w)
+                    torch.mm(transposed[: stride * width].view(width, stride)[:, :count], h, out=grad_w)
 
     return step

@@ -181,3 +181,12 @@ def test_measured_again_replaces(tmp_path: Path) -> None:
     assert merged(kept.rows, [_measured(median_ms=1.0)]) == [_measured(median_ms=1.0)]
     kept.save(tmp_path / "a.json")
     assert Record.load(tmp_path / "a.json") == kept
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+@pytest.mark.parametrize(("needs", "code"), [("torch pytest", 0), ("torch no_such_module", 2)])
+def test_make_gpu_starts_where_nothing_is_missing_and_names_what_is(needs: str, code: int) -> None:
+    command = ["make", "gpu", f"GPU_PYTHON={sys.executable}", f"GPU_NEEDS={needs}", "ARGS=--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("lacks no_such_module: install them" in done.stderr) == bool(code)
