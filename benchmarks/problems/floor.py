@@ -1,11 +1,11 @@
 """The floor: the products that no exact implementation can leave out, alone, on the target rows.
 
-They can be cut in chunks of rows, in slices of the vocabulary that stay in a cache, or not at all, and which is fastest
-depends on the machine. The floor is the fastest, chosen before anything is timed in turn with it.
+They can be cut in chunks of rows, in slices of the vocabulary that stay in a cache, or not at all, and dw can read z by
+columns or a copy that is transposed already. Which is fastest depends on the machine and on the number of targets, of
+which an odd one is slow for the copy on a GPU. The floor is the fastest, chosen before anything is timed with it.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,15 +27,14 @@ def cuts(problem: Problem, phase: str) -> Iterator[tuple[str, Step]]:
     rows, weight = problem.target_rows().detach(), problem.weight.detach()
     n, vocab, device = rows.shape[0], weight.shape[0], rows.device.type
     products = 1 if phase == "forward" else 3 if problem.weight.requires_grad else 2
-    build = partial(_step, rows, weight, products)
-    for chunk in ROWS[device]:
-        if chunk < n:
-            yield f"{chunk} rows", build(chunk, vocab)
-    for tokens in TOKENS[device]:
-        if tokens < vocab:
-            yield f"{tokens} tokens", build(n, tokens)
+    sizes = [(f"{chunk} rows", chunk, vocab) for chunk in ROWS[device] if chunk < n]
+    sizes += [(f"{tokens} tokens", n, tokens) for tokens in TOKENS[device] if tokens < vocab]
     if n <= min(ROWS[device]) or n * vocab * rows.element_size() <= WHOLE_BYTES[device]:
-        yield "whole", build(n, vocab)
+        sizes.append(("whole", n, vocab))
+    for name, chunk, tokens in sizes:
+        yield name, _step(rows, weight, products, chunk, tokens, transposed=products == 3)
+        if products == 3:
+            yield f"{name}, z by columns", _step(rows, weight, products, chunk, tokens, transposed=False)
 
 
 def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
@@ -50,16 +49,13 @@ def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
     return best[1:]
 
 
-def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) -> Step:
+def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int, *, transposed: bool) -> Step:
     """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice. It is a
-    floor, not a rival: nothing is allocated or accumulated within, and dw has a factor of its own, already transposed,
-    since no implementation has both layouts for nothing, but one may have either. Its rows begin at multiples of 128
-    bytes whatever the number of targets, since an implementation may do so too and others are slow on a GPU."""
+    floor, not a rival: nothing is allocated or accumulated within, and ``transposed`` gives dw a factor of its own,
+    since no implementation has both layouts for nothing, but one may have either."""
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
     logits = rows.new_empty(chunk * tokens)
-    per_line = 128 // rows.element_size()
-    stride = -(-chunk // per_line) * per_line
-    transposed = rows.new_empty(stride * tokens if products == 3 else 0).normal_()
+    copy = rows.new_empty(chunk * tokens if transposed else 0).normal_()
 
     def step() -> None:
         for h, grad_h in zip(rows.split(chunk), grad_rows.split(chunk), strict=True):
@@ -70,6 +66,6 @@ def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int) 
                 if products > 1:
                     torch.mm(z, w, out=grad_h)
                 if products > 2:
-                    torch.mm(transposed[: stride * width].view(width, stride)[:, :count], h, out=grad_w)
+                    torch.mm(copy[: count * width].view(width, count) if transposed else z.T, h, out=grad_w)
 
     return step

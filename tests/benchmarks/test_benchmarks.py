@@ -99,7 +99,9 @@ def test_every_cut_of_the_floor_is_the_same_products(
     monkeypatch.setitem(floor.TOKENS, "cpu", (100, 64))
     problem = make_problem(TINY, FEW, STATES["random"], "float32", head, CPU)
     found = dict(floor.cuts(problem, phase))
-    assert list(found) == ["7 rows", "100 tokens", "64 tokens", "whole"]
+    names = ["7 rows", "100 tokens", "64 tokens", "whole"]
+    both = [layout for name in names for layout in (name, f"{name}, z by columns")]
+    assert list(found) == (both if products == 3 else names)
     for name, step in found.items():
         with FlopCounterMode(display=False) as counter:
             step()
@@ -124,7 +126,8 @@ def test_the_floor_is_the_fastest_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cut_of_the_floor_is_recorded(provider: str) -> None:
     asked = Row("tiny-cpu", "tiny-cpu", "trained-like", "trainable", "float32", "full", provider, task="logprobs")
     (row,) = race.measure([asked], device="cpu", repeats=3, seconds=0.0, until=math.inf)
-    assert (row.status, row.cut, row.repeats) == ("ok", "whole", 3)
+    assert (row.status, row.repeats) == ("ok", 3)
+    assert row.cut in ("whole", "whole, z by columns")  # whichever was the faster
     assert row.ratio == row.median_ms / row.floor_ms
 
 
