@@ -26,6 +26,8 @@ ANY_BATCH = {
     ],
 }  # fmt: skip
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is an instruction; exp is that, a product and a guard for denormals
+
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
@@ -37,15 +39,27 @@ def stride_of(tensor: Tensor | None) -> int | None:
 
 
 @triton.jit
-def _cap(logits, softcap):
-    """Capped logits ``softcap * tanh(z / softcap)`` and the cap's slope ``1 - tanh^2``, from one exponential."""
+def _tanh(raw, scale):
+    """``tanh(raw * scale)`` and a quarter of its slope ``1 - tanh^2``, which does not cancel where tanh saturates.
+
+    With ``u = exp(-2 raw scale)`` they are ``(1 - u) / (1 + u)`` and ``u / (1 + u)^2``, for either sign: u stops at
+    2^126, where tanh has long been -1. The square of an approximate inverse root is the inverse in one instruction and
+    a product; a division takes several, as the exact root would.
+    """
+    u = tl.exp2(tl.minimum(raw * (scale * (-2 * LOG2E)), 126.0, propagate_nan=tl.PropagateNan.ALL))
+    root = tl.rsqrt(1 + u)
+    inverse = root * root
+    return (1 - u) * inverse, u * inverse * inverse
+
+
+@triton.jit
+def _cap(raw, logit_scale, softcap):
+    """Capped logits ``softcap * tanh(z / softcap)`` and the cap's slope ``1 - tanh^2``; z is ``raw * logit_scale``."""
     if softcap is not None:
-        small = tl.exp(tl.abs(logits) * (-2 / softcap))
-        inverse = 1 / (1 + small)
-        bent = softcap * (1 - small) * inverse
-        return tl.where(logits >= 0, bent, -bent), 4 * small * inverse * inverse
+        bent, quarter = _tanh(raw, logit_scale / softcap)
+        return softcap * bent, 4 * quarter
     else:
-        return logits, tl.full(logits.shape, 1.0, tl.float32)
+        return raw * logit_scale, tl.full(raw.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -75,31 +89,39 @@ def _place(tile, tiles_n, tiles_v, GROUP_V: tl.constexpr):
 
 
 @triton.jit
-def _logits(raw, columns, bias_ptr, V, first, logit_scale, softcap):
-    """From raw products to capped logits and the cap's slope; places past the slice stay 0."""
+def _biased(raw, columns, bias_ptr, V, first):
+    """Raw products and the bias; places past the slice stay as they are."""
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + first + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    return _cap(raw * logit_scale, softcap)
+    return raw
 
 
 @triton.jit
 def _part(
-    raw, row, column, known, exp_logits, exp_stride, bias_ptr, shift, label, V, first, logit_scale, softcap
+    raw, row, column, known, exp_logits, exp_stride, bias_ptr, shift_log2, label, special, V, first, logit_scale,
+    softcap,
 ):  # fmt: skip
     """From raw products to stored entries of E; returns the row sums of plain exponentials and of capped logits.
 
     The label's place and places past the slice hold 0: summed with the label's own term and without it afterwards, S
-    would cancel as p -> 1. ``exp_logits`` is a pointer for the ``known`` rows, or without a stride a descriptor.
+    would cancel as p -> 1; where no place of the part is ``special`` nobody looks for one. ``shift_log2`` is the shift
+    times log2(e). ``exp_logits`` is a pointer for the ``known`` rows, or without a stride a descriptor.
     """
     columns = column + tl.arange(0, raw.shape[1])
-    logits, slope = _logits(raw, columns, bias_ptr, V, first, logit_scale, softcap)
-    logit_sum = tl.sum(logits, 1)  # before the exponentials, so that the logits need no registers after them
-    plain = tl.exp(logits - shift[:, None])
-    plain = tl.where((columns[None, :] < V) & (columns[None, :] != label[:, None]), plain, 0.0)
+    raw = _biased(raw, columns, bias_ptr, V, first)
+    if softcap is not None:
+        bent, quarter = _tanh(raw, logit_scale / softcap)
+        logit_sum = tl.sum(bent, 1) * softcap  # before the exponentials: the logits need no registers after them
+        plain = tl.exp2(bent * (softcap * LOG2E) - (shift_log2 - 2)[:, None])  # four times as much
+    else:
+        logit_sum = tl.sum(raw, 1) * logit_scale
+        plain = tl.exp2(raw * (logit_scale * LOG2E) - shift_log2[:, None])
+    if special:
+        plain = tl.where((columns[None, :] < V) & (columns[None, :] != label[:, None]), plain, 0.0)
     sum_exp = tl.sum(plain, 1)
     if softcap is not None:
-        # Where exp overflowed the row is done again; until then its slope of 0 must not make a NaN of it.
-        plain = tl.where(slope > 0, plain * slope, 0.0)
+        sum_exp *= 0.25
+        plain *= quarter
     if exp_logits is not None:
         if exp_stride is None:
             exp_logits.store([row, column], plain.to(exp_logits.dtype))
@@ -121,13 +143,21 @@ def _halves(tile):
 @triton.jit
 def _epilogue(
     raw, row, column, tile_v, exp_logits, exp_stride, bias_ptr, shift_ptr, ids_ptr, sums_ptr, logit_sums_ptr,
-    N, V, first, logit_scale, softcap, PARTS: tl.constexpr,
+    N, V, first, logit_scale, softcap, PARTS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """A tile's raw products to E and its sums, in PARTS runs of columns in turn, to hold fewer registers."""
+    """A tile's raw products to E and its sums, in PARTS runs of columns in turn, to hold fewer registers.
+
+    BRANCH passes over the search for labels and for the slice's end in the tiles that have neither, most of them. It
+    costs registers, which pays where they do not decide how many programs a multiprocessor holds.
+    """
     rows = row + tl.arange(0, raw.shape[0])
     known = rows < N
-    shift = tl.load(shift_ptr + rows, mask=known, other=0.0)
-    label = tl.load(ids_ptr + rows, mask=known, other=-1) - first
+    shift_log2 = tl.load(shift_ptr + rows, mask=known, other=0.0) * LOG2E
+    label = (tl.load(ids_ptr + rows, mask=known, other=-1) - first).to(tl.int32)
+    special = True
+    if BRANCH:
+        inside = (label >= column) & (label < column + raw.shape[1])
+        special = (column + raw.shape[1] > V) | (tl.max(inside.to(tl.int32), 0) > 0)
     sum_exp = tl.zeros((raw.shape[0],), tl.float32)
     logit_sum = tl.zeros((raw.shape[0],), tl.float32)
     width: tl.constexpr = raw.shape[1] // PARTS
@@ -140,8 +170,8 @@ def _epilogue(
         tiles = _halves(tiles[0]) + _halves(tiles[1]) + _halves(tiles[2]) + _halves(tiles[3])
     for part in tl.static_range(PARTS):
         more, more_logits = _part(
-            tiles[part], row, column + part * width, known, exp_logits, exp_stride, bias_ptr, shift,
-            label.to(tl.int32), V, first, logit_scale, softcap,
+            tiles[part], row, column + part * width, known, exp_logits, exp_stride, bias_ptr, shift_log2,
+            label, special, V, first, logit_scale, softcap,
         )  # fmt: skip
         sum_exp += more
         logit_sum += more_logits

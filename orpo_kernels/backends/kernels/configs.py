@@ -60,7 +60,7 @@ PASS = Tile(16, 256, 0, warps=4)
 # Evidence so far is the compiler's, not a clock's: no spills, tensor cores, within shared memory (docs/compiled.md).
 _AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
 _HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2, flatten=True)
-_BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8)
+_BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8, parts=2)
 _SMALL = Tile(16, 32, 16, group_v=2, parts=2)
 
 

@@ -16,7 +16,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.backends.kernels import Chunk, Out
-from orpo_kernels.backends.kernels.common import ANY_BATCH, _epilogue, _logits, _part, _place, cdiv, stride_of
+from orpo_kernels.backends.kernels.common import (
+    ANY_BATCH,
+    LOG2E,
+    _biased,
+    _cap,
+    _epilogue,
+    _part,
+    _place,
+    cdiv,
+    stride_of,
+)
 from orpo_kernels.backends.kernels.configs import RECOMPUTE, RECOMPUTE_FLOAT32, Tile
 
 SPLITS = 16  # programs that a block of overflowed rows is spread over
@@ -30,6 +40,7 @@ def exp_gemm_tma_kernel(
     PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """E of a slice by a persistent GEMM: TMA loads, float32 accumulators, the exponential in the epilogue."""
+    tl.assume(H > 0)  # or the compiler keeps a second loop, for tiles whose products have no steps
     tiles_n, tiles_v = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, PROGRAMS, flatten=FLATTEN):
         tile_n, tile_v = _place(tile, tiles_n, tiles_v, GROUP_V)
@@ -41,7 +52,7 @@ def exp_gemm_tma_kernel(
             raw = tl.dot(a, b.T, raw, input_precision="ieee")
         _epilogue(
             raw, row, column, tile_v, exp_logits_desc, None, bias_ptr, shift_ptr, ids_ptr, sums_ptr, logit_sums_ptr,
-            N, V, first, logit_scale, softcap, PARTS,
+            N, V, first, logit_scale, softcap, PARTS, True,
         )  # fmt: skip
 
 
@@ -93,7 +104,7 @@ def exp_gemm_kernel(
         raw = tl.where((column + tl.arange(0, BLOCK_V))[None, :] < V, raw, 0.0)
     _epilogue(
         raw, row, column, tile_v, exp_logits_ptr, exp_stride, bias_ptr, shift_ptr, ids_ptr, sums_ptr, logit_sums_ptr,
-        N, V, first, logit_scale, softcap, PARTS,
+        N, V, first, logit_scale, softcap, PARTS, False,
     )  # fmt: skip
 
 
@@ -121,7 +132,7 @@ def exp_pass_kernel(
     raw = tl.load(places, mask=(rows[:, None] < N) & (columns[None, :] < V), other=0.0)
     _epilogue(
         raw, row, column, tile_v, exp_logits_ptr, exp_stride, bias_ptr, shift_ptr, ids_ptr, sums_ptr, logit_sums_ptr,
-        N, V, first, logit_scale, softcap, 1,
+        N, V, first, logit_scale, softcap, 1, False,
     )  # fmt: skip
 
 
@@ -176,12 +187,12 @@ def recompute_overflowed_kernel(
             raw = tl.dot(a, b, raw, input_precision="ieee")
         if sums_ptr is not None:
             more, _ = _part(
-                raw, row, tile * BLOCK_V, overflowed, exp_logits_ptr, exp_stride, bias_ptr, shift, label, V, first,
-                logit_scale, softcap,
+                raw, row, tile * BLOCK_V, overflowed, exp_logits_ptr, exp_stride, bias_ptr, shift * LOG2E, label, True,
+                V, first, logit_scale, softcap,
             )  # fmt: skip
             sum_exp += more
         else:
-            logits, _ = _logits(raw, columns, bias_ptr, V, first, logit_scale, softcap)
+            logits, _ = _cap(_biased(raw, columns, bias_ptr, V, first), logit_scale, softcap)
             best = tl.maximum(best, tl.max(tl.where(columns[None, :] < V, logits, -float("inf")), 1))
     place = split.to(tl.int64) * N + rows
     if sums_ptr is not None:

@@ -39,7 +39,7 @@ def label_kernel(
     raw = tl.sum(terms, 0)
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + token).to(tl.float32)
-    logit, slope = _cap(raw * logit_scale, softcap)
+    logit, slope = _cap(raw, logit_scale, softcap)
     tl.store(label_ptr + row, logit)
     tl.store(slope_ptr + row, slope)
     tl.store(shift_ptr + row, logit)
