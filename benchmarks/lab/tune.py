@@ -5,9 +5,14 @@ ratio taken against a product timed in turn with it. What does not compile, does
 """
 
 import math
+import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import product, zip_longest
 from typing import Literal, NamedTuple, cast
 
@@ -37,6 +42,7 @@ SHOWN = ["provider", "median_ms", "p20_ms", "p80_ms", "floor_ms", "ratio"]  # of
 SAMPLE_ROWS = 32  # rows compared with float32, over the whole vocabulary
 SAMPLE_TOKENS = 16384  # tokens of a float32 copy of the head on the way there
 SUM_ERROR = 1e-3  # relative, of float32 sums of positive terms: far above any order of adding, far below a missing tile
+RESERVED = 1 << 10  # bytes of a multiprocessor's shared memory that every program on it costs
 CAPPED_PARTS = 2  # a softcap needs twice the registers an entry, so its runs of columns start half as wide
 
 TINY = {"tiny": Case("tiny", 48, 200), "tiny-capped": Case("tiny-capped", 48, 200, softcap=30.0)}
@@ -44,12 +50,20 @@ HEADS = ("llama3-8b", "qwen2.5-7b", "gemma2-2b", "qwen2.5-0.5b")
 ROWS = {"cuda": (1024, 4096, 8192), "cpu": (24,)}
 CONSTANTS = {"sm_80": "_AMPERE", "sm_90": "_HOPPER", "sm_100": "_BLACKWELL"}  # what kernels/configs.py calls its tiles
 
-# Every combination of rows x tokens x features, warps, stages, group_v, parts and flatten is tried, if it fits.
-TMA_BLOCKS = ((128, 256, 64), (128, 128, 64), (256, 128, 64), (128, 256, 128))
-POINTER_BLOCKS = ((128, 128, 32), (128, 128, 64), (128, 256, 32))
-SPACES: dict[Form, list[tuple[tuple[int, int, int], int, int, int, int, bool]]] = {
-    "tma": list(product(TMA_BLOCKS, (4, 8), (2, 3, 4), (4, 8, 16), (1, 2, 4), (True, False))),
-    "pointer": list(product(POINTER_BLOCKS, (4, 8), (3, 4), (8,), (1, 2), (False,))),
+# Rows x tokens x features, then every combination of warps, stages, group_v, parts, flatten and programs, if it fits.
+# Few, so that minutes are enough for all: two programs hide one's epilogue behind the other's products, and then each
+# has half the shared memory; one has the widest instruction and more stages.
+BOTH, ONE, TWO = (True, False), (1,), (2,)
+SPACES: dict[Form, list[tuple[tuple[int, int, int], *tuple[Sequence[int], ...]]]] = {
+    "tma": [
+        ((128, 256, 64), (8,), (3, 4), (8,), (1, 2, 4), BOTH, ONE),
+        ((128, 256, 64), (8,), (3,), (4, 16), (2,), BOTH, ONE),
+        ((256, 128, 64), (8,), (3,), (8,), (1, 2), BOTH, ONE),
+        ((128, 128, 64), (4,), (2, 3), (8,), (1, 2, 4), BOTH, TWO),
+        ((128, 128, 64), (8,), (3, 4), (8,), (1, 2), BOTH, (1, 2)),
+        ((64, 256, 64), (4,), (2,), (8,), (2, 4), BOTH, TWO),
+    ],
+    "pointer": [(blocks, (4, 8), (3, 4), (8,), (1, 2), (False,), ONE) for blocks in ((128, 128, 32), (128, 128, 64))],
 }
 
 
@@ -61,8 +75,9 @@ class Candidate(NamedTuple):
     capped: bool
 
     def __str__(self) -> str:
-        n, v, h, warps, stages, group, parts, flatten = self.tile
-        marks = (" flat" if flatten else "") + (" capped" if self.capped else "")
+        n, v, h, warps, stages, group, parts, flatten, programs = self.tile
+        marks = (" flat" if flatten else "") + (f" x{programs}" if programs > 1 else "")
+        marks += " capped" if self.capped else ""
         return f"{self.form} {n}x{v}x{h} w{warps} s{stages} g{group} p{parts}{marks}"
 
 
@@ -92,15 +107,17 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
     }
     found = [shipped, *(Candidate(form, tile, capped) for form, tile in near.items() if tile is not None)]
     for name, space in SPACES.items() if not interpreted else ():
-        for blocks, warps, stages, group, parts, flatten in space if near[name] else ():
-            tile = Tile(*blocks, warps, stages, group, parts * CAPPED_PARTS if capped else parts, flatten)
-            if _fits(name, tile, arch):
-                found.append(Candidate(name, tile, capped))
+        for blocks, *settings in space if near[name] else ():
+            for warps, stages, group, parts, flatten, programs in product(*settings):
+                parts *= CAPPED_PARTS if capped else 1
+                tile = Tile(*blocks, warps, stages, group, parts, bool(flatten), programs)
+                if _fits(name, tile, arch):
+                    found.append(Candidate(name, tile, capped))
 
     def changes(one: Candidate) -> int:
         other = near[one.form] or one.tile
         settings = sum(a != b for a, b in zip(one.tile[3:], other[3:], strict=True))
-        return (one.form != form) + (one.tile[:3] != other[:3]) + settings
+        return 10 * (one.form != form) + (one.tile[:3] != other[:3]) + settings
 
     return sorted(dict.fromkeys(found), key=lambda one: (one != shipped, changes(one)))
 
@@ -110,7 +127,8 @@ def _fits(form: Form, tile: Tile, arch: str) -> bool:
     where tensor memory holds it, the epilogue still reads it through them."""
     (n, v, h), target = tile[:3], TARGETS[arch]
     shared = tile.stages * (n * h + v * h) * 2 + (n * v // tile.parts * 2 if form == "tma" else 0)
-    return shared <= target.shared_limit and n * v // (target.warp * tile.warps) < 255
+    fits = tile.programs * (shared + RESERVED) <= target.shared_limit + RESERVED
+    return fits and n * v // (target.warp * tile.warps) < 255
 
 
 def plan(cases: Sequence[Case], arch: str) -> list[Candidate]:
@@ -146,11 +164,14 @@ def run(
     """A row for every candidate, head and number of rows, all in this process, whose compiled kernels and heads they
     share: a candidate that fails is a row."""
     deadline = time.monotonic() + seconds
+    wanted = plan(cases, arch)
+    if device.type == "cuda":
+        compile_ahead(wanted)
     works = [work for case in cases for work in make_work(case, device)]
     about = machine.about(device)
     rows: list[Row] = []
     lost = ""
-    for candidate in tqdm(plan(cases, arch), desc="tune"):
+    for candidate in tqdm(wanted, desc="tune"):
         failed: Row | None = None
         for work in works:
             if (work.case.softcap is not None) != candidate.capped:
@@ -170,6 +191,26 @@ def run(
             rows.append(row)
         keep(rows)
     return rows
+
+
+def compile_ahead(wanted: Sequence[Candidate]) -> None:
+    """Every candidate into Triton's cache, on all cores: one after the other, compiling takes longer than timing."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            list(tqdm(pool.map(_start, wanted), total=len(wanted), desc="compile"))
+        except BrokenProcessPool:  # a compiler that ends its process does so again, where it is a row
+            print("a candidate ended the process that compiled it; the others compile as they come", file=sys.stderr)
+
+
+def _start(candidate: Candidate) -> None:
+    """One call at a toy size, which compiles what every size runs. What fails is a row of the run itself."""
+    hidden, weight = (torch.zeros(n, 256, dtype=torch.bfloat16, device="cuda") for n in (128, 512))
+    shift, exps = hidden.new_zeros(128, dtype=torch.float32), _new_exp_logits(128, 512, hidden)
+    head = Head(weight, None, 1.0, 30.0 if candidate.capped else None)
+    chunk = Chunk(hidden, torch.zeros(128, dtype=torch.int64, device="cuda"), head, shift)
+    backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
+    with suppress(Exception):
+        backend._exp_logits(chunk, slice(0, 512), Out(exps, shift.new_empty(512 // candidate.tile.block_v, 128)))
 
 
 def row_of(candidate: Candidate, work: Work) -> Row:

@@ -77,17 +77,21 @@ class Tiles:
             if sum_exp is not None:
                 sum_exp += sum_rows(tile, sum_exp.dtype)
             return tile
-        bent = logits.to(self.shift.dtype).div_(softcap).tanh_()
+        # With u = exp(-2z / cap) and d = 2 / (1 + u) the cap is cap (d - 1) and its slope u d^2: as 1 - tanh^2 it would
+        # cancel where tanh saturates. u stops at e^80, where tanh has long been -1.
+        u = logits.to(self.shift.dtype).mul_(-2 / softcap).clamp_(max=80).exp_()
+        d = torch.add(0.5, u, alpha=0.5).reciprocal_()
         if logit_sum is not None:
-            logit_sum.add_(bent.sum(0), alpha=softcap)
-        shifted = bent * softcap - self.shift
+            logit_sum.add_(d.sum(0).sub_(d.shape[0]), alpha=softcap)
+        shifted = torch.add(-softcap - self.shift, d, alpha=softcap)
+        slope = u.mul_(d).mul_(d)
         if moments is not None:
             moments.add(tokens.start, shifted)
         plain = shifted.exp_()
         if sum_exp is not None:
             # Summed with the label's own exp(0 or less) and without it afterwards would cancel as p -> 1.
             sum_exp += F.pad(plain, (0, 0, 0, 1)).index_put_(labels, self._zero)[:size].sum(0)
-        tile.copy_(plain.mul_(bent.square_().neg_().add_(1)))
+        tile.copy_(plain.mul_(slope))
         room.index_put_(labels, self._entries)
         return tile
 

@@ -22,6 +22,7 @@ class Tile(NamedTuple):
 
     ``group_v`` columns of tiles go through all rows together; the epilogue takes a tile in ``parts`` runs of columns.
     ``flatten`` makes one loop of a persistent kernel's two, so that a tile's first loads start in the epilogue before.
+    With two ``programs`` on a multiprocessor one multiplies while the other is in its epilogue.
     """
 
     block_n: int
@@ -32,6 +33,7 @@ class Tile(NamedTuple):
     group_v: int = 1
     parts: int = 1
     flatten: bool = False
+    programs: int = 1  # of a persistent kernel, on a multiprocessor
 
 
 class Config(NamedTuple):

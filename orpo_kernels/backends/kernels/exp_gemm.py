@@ -59,7 +59,7 @@ def exp_gemm_tma_kernel(
 def exp_gemm_tma(tile: Tile, chunk: Chunk, tokens: slice, out: Out) -> None:
     """E of the ``tokens``; rows of hidden, weight and E begin at multiples of 16 bytes."""
     (hidden, ids, head, shift), (exp_logits, sums, logit_sums) = chunk, out
-    size, programs = tokens.stop - tokens.start, _cores(hidden.device)
+    size, programs = tokens.stop - tokens.start, tile.programs * _cores(hidden.device)
     a = TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_h])
     b = TensorDescriptor.from_tensor(head.weight[tokens], [tile.block_v, tile.block_h])
     e = None
@@ -234,5 +234,5 @@ def _gemm(tile: Tile) -> dict[str, Any]:
 
 
 def _cores(device: torch.device) -> int:
-    """Programs of a persistent kernel: one a multiprocessor."""
+    """Multiprocessors, or what stands for them in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
