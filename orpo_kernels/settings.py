@@ -71,8 +71,12 @@ class Head(NamedTuple):
         raw = F.linear(hidden.to(product), self.weight[tokens].to(product), bias).to(dtype)
         return self.cap(raw if self.logit_scale == 1 else raw * self.logit_scale)
 
-    def slope(self, capped: Tensor) -> Tensor | float:
-        """``d cap(z) / dz`` at a capped logit: ``1 - (capped / softcap)^2``."""
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """``d cap(z) / dz``: ``1 / cosh^2(z / softcap)``, which keeps its relative precision where tanh saturates."""
+        return 1.0 if self.softcap is None else torch.cosh(logits / self.softcap) ** -2
+
+    def slope_of_capped(self, capped: Tensor) -> Tensor | float:
+        """The same, ``1 - (capped / softcap)^2``, where no more than the capped logit is known."""
         return 1.0 if self.softcap is None else 1 - (capped / self.softcap) ** 2
 
     def detached(self) -> Head:

@@ -49,7 +49,7 @@ class _Sums:
         head = self.root.head(mapping, (self.weight, self.bias))
         columns = self.grads.columns(self.root.hidden_of(mapping))
         if mapping.softcap is not None:
-            values = values * head.slope(self.root.entries(mapping, rows, ids))
+            values = values * head.slope_of_capped(self.root.entries(mapping, rows, ids))
         values = values * mapping.scale
         for of in slices(ids.numel(), SPARSE_ROWS):
             each, row, token = values[of, None], rows[of], ids[of]

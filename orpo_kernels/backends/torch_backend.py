@@ -158,7 +158,8 @@ class TorchBackend(Backend):
         compute, acc = _compute_dtype(part.hidden.dtype), acc_dtype(part.hidden.dtype)
         hidden = part.hidden[part.rows].to(compute)
         n, vocab = hidden.shape[0], head.vocab
-        label = head.cap(_label_logits(hidden, ids, head, acc) * head.logit_scale)
+        raw = _label_logits(hidden, ids, head, acc) * head.logit_scale
+        label, slope = head.cap(raw), head.slope(raw)
         if head.shard is not None:
             label = head.shard.of_owner(label, ids)
         shift = _representable(label, head, compute)
@@ -196,7 +197,6 @@ class TorchBackend(Backend):
                 exp_logits[:, again] = columns.to(compute)
             del columns  # before the next run's is allocated
 
-        slope = head.slope(label)
         if head.shard is not None:
             common = head.shard.largest(shift)
             for again in _indices(common > shift):  # overflowed on another rank alone

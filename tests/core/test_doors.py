@@ -57,7 +57,7 @@ class FullLogits(Backend):
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
         logits = self._logits(part) if found.state is None else found.state
         grad = F.one_hot(part.ids, part.head.vocab) - logits.softmax(-1)
-        grad = g[:, None] * grad * part.head.slope(logits) * part.head.logit_scale
+        grad = g[:, None] * grad * part.head.slope_of_capped(logits) * part.head.logit_scale
         if into.hidden is not None:
             into.hidden.index_add_(0, part.rows, (grad @ part.head.weight.to(grad.dtype)).to(into.hidden.dtype))
         ones = torch.ones_like(part.hidden[:, :1])
