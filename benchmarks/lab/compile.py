@@ -50,6 +50,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, (r"v_mfma\w*",)),
 }
 WITH_EPILOGUE = ("exp_gemm_tma_kernel", "exp_gemm_kernel")
+WIDE, NARROW = 4096, 128  # features: what takes the tile of a wide head, and that of a narrow one
 GEMMS = (*WITH_EPILOGUE, "recompute_overflowed_kernel")
 # Arguments that are None where a branch of a kernel is off.
 OPTIONAL = {"exp_logits", "sums", "logit_sums", "bias", "softcap", "mean_weight", "grad_logp_hidden", "source_rows"}
@@ -120,6 +121,10 @@ def launches(arch: str) -> list[Launch]:
         _call(shipped, "HWb", softcap=30.0)
         _call(shipped, "HWb", features=99, softcap=30.0)
         _call(shipped, "HW", function=linear_logprobs, workspace_bytes=1)
+        for dtype in (torch.bfloat16, torch.float16):
+            _call(shipped, "HWb", dtype, features=NARROW)
+            _call(shipped, "HW", dtype, features=NARROW)
+            _call(shipped, "HW", dtype, features=NARROW, softcap=30.0)
         # The forms that were not chosen, so that they can be raced.
         for form in ("pointer", "library"):
             other = config(arch, torch.bfloat16)._replace(form=form)  # type: ignore[arg-type]
@@ -131,7 +136,7 @@ def _call(
     backend: Recorder,
     trained: str,  # of H(idden), W(eight) and b(ias); a bias is there only if it is trained
     dtype: torch.dtype = torch.bfloat16,
-    features: int = 128,
+    features: int = WIDE,
     function: Callable[..., Any] = orpo_loss,
     **options: Any,
 ) -> None:

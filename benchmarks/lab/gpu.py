@@ -81,7 +81,7 @@ def steps(device: str, seconds: float, keep: Callable[[Record], None], logs: Pat
         effort = {"repeats": 3, "seconds": 15.0} if toy else race.EFFORT[device]
         race.run(wanted, device, keep=so_far, budget=limit, **effort)
 
-    shares = zip(sections(device).items(), (0.13, 0.19, 0.09), strict=True)
+    shares = zip(sections(device).items(), (0.24, 0.11, 0.06), strict=True)
     return [
         Step("suite", " ".join(suite[1:]), 0.32 * seconds, partial(checked, "suite", suite, "")),
         Step("accuracy", "errors against float64 in five regimes", 0.03 * seconds, regimes),

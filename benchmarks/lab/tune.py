@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.harness import machine
 from benchmarks.harness.measure import UnsupportedError, in_turn, measured, one_line, summary
 from benchmarks.harness.record import Keep, Row
-from benchmarks.lab.compile import TARGETS
+from benchmarks.lab.compile import TARGETS, WIDE
 from benchmarks.problems.cases import CASES, STATES, Case
 from benchmarks.problems.inputs import WEIGHT_STD, make_hidden
 from benchmarks.report.tables import frame, text
@@ -98,7 +98,7 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
     """What could run on a chip: the shipped choice, then by how few of its settings another one changes."""
     interpreted = arch == "interpreter"
     row = config(arch, torch.float32 if interpreted else torch.bfloat16)
-    form, tile = row.choose(aligned=True, biased=False, capped=capped)
+    form, tile = row.choose(aligned=True, biased=False, capped=capped, features=WIDE)
     shipped = Candidate(cast(Form, form), tile, capped)
     near: dict[Form, Tile | None] = {
         "tma": (row.tma_capped if capped else None) or row.tma,

@@ -332,7 +332,8 @@ class TritonBackend(Backend):
         aligned = all(
             t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, head.weight)
         )
-        return row.choose(aligned=aligned, biased=head.bias is not None, capped=head.softcap is not None)
+        capped, features = head.softcap is not None, hidden.shape[1]
+        return row.choose(aligned=aligned, biased=head.bias is not None, capped=capped, features=features)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

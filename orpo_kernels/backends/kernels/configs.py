@@ -37,19 +37,26 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What one chip runs for one dtype."""
+    """What one chip runs for one dtype. The fewer features, the more of a tile's time is its epilogue: a ``narrow``
+    tile serves heads of less than ``NARROW`` features."""
 
     form: Literal["tma", "pointer", "library"]
     pointer: Tile
     pointer_capped: Tile  # a softcap needs twice the registers an entry
     tma: Tile | None = None
     tma_capped: Tile | None = None  # without a bias: both together run ``pointer_capped``
+    narrow: Tile | None = None
+    narrow_capped: Tile | None = None
 
-    def choose(self, *, aligned: bool, biased: bool, capped: bool) -> tuple[str, Tile]:
+    def choose(self, *, aligned: bool, biased: bool, capped: bool, features: int) -> tuple[str, Tile]:
         """The form and the tile of a call whose matrices TMA can or cannot address."""
         if self.form == "library":
             return "library", PASS
-        tma = self.tma if not capped else None if biased else self.tma_capped
+        narrow = features < NARROW[capped]
+        if capped:
+            tma = None if biased else (narrow and self.narrow_capped) or self.tma_capped
+        else:
+            tma = (narrow and self.narrow) or self.tma
         if self.form == "tma" and aligned and tma is not None:
             return "tma", tma
         return "pointer", self.pointer_capped if capped else self.pointer
@@ -59,9 +66,18 @@ RECOMPUTE = Tile(32, 64, 32, warps=4, stages=2)
 RECOMPUTE_FLOAT32 = Tile(32, 32, 32, warps=8, stages=2)  # with 4 warps the assembler spills to fit more programs
 PASS = Tile(16, 256, 0, warps=4)
 
-# Evidence so far is the compiler's, not a clock's: no spills, tensor cores, within shared memory (docs/compiled.md).
+# Under this many features, without and with a softcap, two small programs a multiprocessor beat one large: measured
+# from 896 to 4,096 features, where the first loses 4 to 11 % to a plain product and the second what 143 features cost
+# (390 with a softcap).
+NARROW = {False: 2048, True: 3072}
+
+# sm_90 by the clock (docs/log.md, entry 24). The others by the compiler: no spills, tensor cores, within shared memory
+# (docs/compiled.md).
 _AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
 _HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2, flatten=True)
+_HOPPER_NARROW = Tile(128, 128, 64, warps=4, stages=3, group_v=8, parts=2, flatten=True, programs=2)
+_HOPPER_POINTER = Tile(128, 128, 64, warps=4, stages=3, group_v=8, parts=2)
+_HOPPER_POINTER_CAPPED = _HOPPER_POINTER._replace(warps=8, parts=4)
 _BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8, parts=2)
 _SMALL = Tile(16, 32, 16, group_v=2, parts=2)
 
@@ -73,9 +89,7 @@ def _pointer(tile: Tile, capped_parts: int) -> Config:
 SIXTEEN_BIT: dict[str, Config] = {
     "sm_80": _pointer(_AMPERE, 4),
     "sm_86": _pointer(_AMPERE._replace(stages=3), 4),  # and 8.9, 12.x: 99 KiB of shared memory
-    "sm_90": _pointer(_AMPERE._replace(stages=3), 4)._replace(
-        form="tma", tma=_HOPPER, tma_capped=_HOPPER._replace(parts=8, flatten=False)
-    ),
+    "sm_90": Config("tma", _HOPPER_POINTER, _HOPPER_POINTER_CAPPED, _HOPPER, _HOPPER, _HOPPER_NARROW, _HOPPER_NARROW),
     "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL),
     "gfx942": _pointer(_AMPERE._replace(stages=2), 1),
     "interpreter": Config("tma", _SMALL, _SMALL, _SMALL, _SMALL._replace(parts=4)),  # small enough to interpret
@@ -85,7 +99,13 @@ SIXTEEN_BIT: dict[str, Config] = {
 def config(arch: str, dtype: torch.dtype) -> Config:
     """The shipped row for a chip and the dtype of hidden and weight."""
     row = SIXTEEN_BIT[arch]
-    return row._replace(form="library") if dtype == torch.float32 and arch != "interpreter" else row
+    if dtype == torch.float32 and arch != "interpreter":
+        return row._replace(form="library")
+    if dtype == torch.float16 and row.narrow and row.narrow_capped:
+        # E is float32 then, and two programs must still fit with what they store from.
+        narrow, capped = (tile._replace(parts=2 * tile.parts) for tile in (row.narrow, row.narrow_capped))
+        return row._replace(narrow=narrow, narrow_capped=capped)
+    return row
 
 
 def arch_of(device: torch.device) -> str:
