@@ -77,7 +77,7 @@ _AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
 _HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2, flatten=True)
 _HOPPER_NARROW = Tile(128, 128, 64, warps=4, stages=3, group_v=8, parts=2, flatten=True, programs=2)
 _HOPPER_POINTER = Tile(128, 128, 64, warps=4, stages=3, group_v=8, parts=2)
-_HOPPER_POINTER_CAPPED = _HOPPER_POINTER._replace(warps=8, parts=4)
+_HOPPER_POINTER_CAPPED = _HOPPER_POINTER._replace(warps=8, parts=8)
 _BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8, parts=2)
 _SMALL = Tile(16, 32, 16, group_v=2, parts=2)
 
