@@ -50,6 +50,7 @@ class Plan:
     positions: int
     stored_bytes: int  # E kept for the weight's product, of the largest group
     accumulator_bytes: int  # float32 sum of the weight's gradient over several groups
+    rounded_bytes: int  # the gradient returned in its place, which is allocated when E is gone
     scratch_bytes: int  # tiles that do not live in a cache, and copies of rows
     scratch_budget: int  # bytes of scratch the backend may hold
     reason: str
@@ -58,7 +59,8 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Beyond inputs and returned gradients, without the tiles that stay in cache."""
-        return self.stored_bytes + self.accumulator_bytes + self.scratch_bytes
+        beside = self.accumulator_bytes - self.rounded_bytes
+        return max(beside + self.stored_bytes + self.scratch_bytes, self.accumulator_bytes)
 
     def __str__(self) -> str:
         share = f"{self.targets / self.positions:.0%}" if self.positions else "0%"
@@ -87,23 +89,27 @@ def choose(
 
     ``workspace_bytes=None`` allows 1 GiB and, on top, the place of one float32 copy of the weight, which several groups
     would need anyway; a number bounds everything the plan holds beyond inputs, returned gradients and tiles in cache,
-    as far as the backend's least scratch allows.
+    as far as the backend's least scratch allows. Several groups return a gradient that does not exist while they hold
+    an E, so its place is E's as well: every group less saves a pass over the accumulator.
     """
     everything = Group(0, len(sizes.pairs), 0, sizes.count)
     columns = features if trained is None else trained
     thin = "" if columns == features else f"; the weight's product has {columns} of {features} columns"
     # A returned gradient in the accumulation dtype serves as its own accumulator.
-    accumulator = 0 if grad_dtype(dtype) == acc_dtype(dtype) else 4 * vocab * columns
+    accumulator, rounded = 4 * vocab * columns, grad_dtype(dtype).itemsize * vocab * columns
+    if grad_dtype(dtype) == acc_dtype(dtype):
+        accumulator = rounded = 0
     streaming = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes  # of a pass that stores no E
     limit = streaming + accumulator if workspace_bytes is None else workspace_bytes
 
     def plan(name: str, passes: int, reason: str, groups: tuple[Group, ...] = (everything,)) -> Plan:
-        store, sums = name == "store", accumulator if len(groups) > 1 else 0
+        store, several = name == "store", len(groups) > 1
+        sums, late = (accumulator, rounded) if several else (0, 0)
         after = thin if name in ("store", "recompute") else ""
-        budget = limit - sums if store else streaming
+        budget = limit - sums + late if store else streaming
         largest = max(group.last - group.first for group in groups)
         cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
-        held = (cost.stored, sums, cost.scratch, cost.budget)
+        held = (cost.stored, sums, late, cost.scratch, cost.budget)
         return Plan(name, passes, groups, sizes.count, sizes.positions, *held, reason + after, backend.name)
 
     def fits(n: int, budget: int) -> bool:
@@ -118,8 +124,9 @@ def choose(
         return plan("frozen", 2, "the head is frozen, so only hidden's product remains and no E is stored")
     if fits(sizes.count, limit):
         return plan("store", 3, "E of all targets fits the workspace")
-    if splits and fits(max(sizes.pairs), limit - accumulator):
-        groups = _whole_pairs(sizes.pairs, lambda n: fits(n, limit - accumulator))
+    room = limit - accumulator + rounded  # for E, of one of several groups
+    if splits and accumulator <= limit and fits(max(sizes.pairs), room):
+        groups = _whole_pairs(sizes.pairs, lambda n: fits(n, room))
         return plan("store", 3, f"E of {len(groups)} groups of whole pairs fits in turn", groups)
     most, what = (max(sizes.pairs), "the longest pair") if splits else (sizes.count, "all targets")
     sums = f" and the accumulator ({accumulator / 2**20:.0f} MiB)" if splits and accumulator else ""
