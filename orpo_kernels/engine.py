@@ -50,6 +50,7 @@ class Call:
     needs: Needs
     plan: Plan
     backend: Backend
+    mean_weight: Tensor | None = None  # [H], the head's mean row, where mean logits are made of it
 
 
 def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
@@ -60,13 +61,12 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
     """
     plan, backend, targets, given = call.plan, call.backend, call.targets, call.given
     store = plan.name == "store"
-    mean_weight = backend.mean_weight(head.weight) if given is not None and head.softcap is None else None
     several = len(plan.groups) > 1
     grads = _room(call, hidden, head, several)
     tables: list[PairTable] = []
     for group in plan.groups:
         of = slice(group.first, group.last)
-        part = _part(call, hidden, head, of)._replace(logit_means=given is not None, mean_weight=mean_weight)
+        part = _part(call, hidden, head, of)._replace(logit_means=given is not None, mean_weight=call.mean_weight)
         if group.first == group.last:
             nothing = torch.zeros(0, dtype=acc_dtype(hidden.dtype), device=hidden.device)
             found = Found(nothing, nothing, None)

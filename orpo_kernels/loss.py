@@ -313,7 +313,7 @@ def explain(*args: Any, **kwargs: Any) -> Plan:
 def plan_of_head(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> Plan:
     """``explain`` for values."""
     hidden, head = ready(hidden, head)
-    return prepare(hidden, head, batch, settings).plan
+    return prepare(hidden, head, batch, settings, plan_only=True).plan
 
 
 def linear_logprobs(

@@ -75,10 +75,13 @@ def _own_rows(hidden: Any, head: Head) -> tuple[Any, Head]:
     return own(hidden), head._replace(weight=own(weight), bias=own(bias), shard=shard or found)
 
 
-def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Needs | None = None) -> Prepared:
+def prepare(
+    hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs: Needs | None = None, *, plan_only: bool = False
+) -> Prepared:
     """Everything before the first product; ``needs`` is what the tensors ask for, unless told.
 
-    Inside an operator they no longer say. The objective is one that ``pairs.check_objective`` let pass.
+    Inside an operator they no longer say. With ``plan_only`` the mean row of the head is left out, a pass over it. The
+    objective is one that ``pairs.check_objective`` let pass.
 
     Raises:
         TypeError, ValueError: an input that cannot be right.
@@ -128,7 +131,14 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
     )
     checks.check_pair_numbers("margins", batch.margins, hidden, pairs, "one for each pair")
     count = partial(backend.count, labels, nll_labels, offsets, ignore)
-    sizes, table, of_sequences = pair_sizes(labels, head.whole_vocab, ignore, count, group)
+    means: list[Tensor] = []
+
+    def meanwhile() -> None:
+        if not plan_only and head.softcap is None:
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                means.append(backend.mean_weight(head.weight.detach()))
+
+    sizes, table, of_sequences = pair_sizes(labels, head.whole_vocab, ignore, count, group, meanwhile)
     # Ranks that share sequences add up their sums once; each cuts its own positions as it likes.
     plan = plan_of(sizes, splits=group is None and not getattr(objective, "couples_pairs", False))
     given = GivenPairs(
@@ -143,6 +153,6 @@ def prepare(hidden: Tensor, head: Head, batch: Batch, settings: Settings, needs:
         columns = backend.compact(labels, nll_labels, offsets, table, sizes.count, ignore)
         places = head.places(columns.ids)
         targets = Targets(columns.rows, places, sizes, columns.kind, columns.offsets, of_sequences, group)
-        return Call(targets, given, needs, plan, backend)
+        return Call(targets, given, needs, plan, backend, next(iter(means), None))
 
     return Prepared(plan, call)

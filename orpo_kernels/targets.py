@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +133,12 @@ def pair_sizes(
     ignore_index: int,
     count: Callable[[], Tensor],
     group: Any = None,  # of the ranks that hold other positions of the same sequences
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[Sizes, Tensor, Tensor]:
     """``Sizes``, the table of ``count``, and that of whole sequences, by the one device-to-host copy of a call.
 
-    The copy checks the labels too. Groups and rows are of this rank's positions, what means divide by of all.
+    The copy checks the labels too. Groups and rows are of this rank's positions, what means divide by of all. What
+    ``meanwhile`` queues keeps a GPU busy until the host, which waits for the copy alone, has made its plan.
 
     Raises:
         ValueError: a label is neither ``ignore_index`` nor in ``[0, vocab)``.
@@ -145,7 +147,7 @@ def pair_sizes(
     _refuse_capture(labels)
     table = count()
     whole = table if group is None else _of_all_ranks(table, group)
-    rows = [Counts(*row) for row in (table if group is None else torch.cat([table, whole])).tolist()]
+    rows = [Counts(*row) for row in _on_host(table if group is None else torch.cat([table, whole]), meanwhile)]
     own, host = rows[: len(table)], rows[-len(table) :]
     pairs = len(host) // 2
     for name, low, high in (("labels", "low", "high"), ("nll_labels", "nll_low", "nll_high")):
@@ -162,6 +164,20 @@ def pair_sizes(
         positions=labels.numel(),
     )
     return found, table, whole
+
+
+def _on_host(table: Tensor, meanwhile: Callable[[], object]) -> list[list[int]]:
+    if table.device.type != "cuda":
+        meanwhile()
+        return cast(list[list[int]], table.tolist())
+    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)  # or the copy waits for itself
+    with torch.cuda.device(table.device):
+        host.copy_(table, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        meanwhile()
+    copied.synchronize()
+    return cast(list[list[int]], host.tolist())
 
 
 def _of_all_ranks(table: Tensor, group: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_log_probabilities_take_the_same_plans() -> None:
     assert explain(preference_loss, *inputs, SimPO()) == explain(*inputs) == explain(orpo_loss, *inputs)
     with pytest.raises(ValueError, match="explain knows preference_loss, orpo_loss and linear_logprobs, got 'len'"):
         explain(len, *inputs)
+
+
+def test_explain_reads_no_head() -> None:
+    """The mean row that a loss takes while the host waits is a pass over the head."""
+    case = make(torch.bfloat16, pairs=2, keep=0.5)
+    inputs = (case.hidden, case.weight, case.labels)
+    with mock.patch.object(TorchBackend, "mean_weight", side_effect=AssertionError):
+        assert explain(*inputs, backend="torch").name == "store"
+        with pytest.raises(AssertionError):
+            orpo_loss(*inputs, backend="torch")
 
 
 class CountProducts(TorchDispatchMode):
