@@ -154,8 +154,8 @@ def _compiled() -> str:
     found = pd.read_json(max((RESULTS / "compiled").glob("*.json")))
     bad = sum(bool(problem(row)) for row in found.to_dict("records"))
     shown = found[found.kernel.str.startswith("exp_gemm")]
-    table = shown[["target", "kernel", "config", "registers", "shared_bytes", "tensor_core"]]
-    table.columns = ["chip", "kernel", "configuration", "registers", "shared bytes", "tensor core"]
+    table = shown[["target", "kernel", "config", "registers", "instructions", "shared_bytes", "tensor_core"]].fillna("")
+    table.columns = ["chip", "kernel", "configuration", "registers", "instructions", "shared bytes", "tensor core"]
     said = f"{len(found)} binaries with triton {found.triton[0]}, {bad} with a problem; these are the exp GEMMs.\n\n"
     return said + tables.markdown(table)
 
