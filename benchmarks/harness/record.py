@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -109,7 +109,8 @@ class Record:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        held = {**asdict(self), "rows": [_told(row) for row in self.rows]}
+        path.write_text(json.dumps(held, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -120,6 +121,11 @@ class Record:
         kinds = {"rows": Row, "accuracy": AccuracyRow, "checks": Check}
         lists: dict[str, Any] = {name: [kind(**row) for row in found.get(name, [])] for name, kind in kinds.items()}
         return cls(**{name: found[name] for name in ("machine", "date", "commit") if name in found}, **lists)
+
+
+def _told(row: Row) -> dict[str, Any]:
+    """A row without the fields that say nothing; reading gives them back."""
+    return {one.name: value for one in fields(row) if (value := getattr(row, one.name)) not in ("", None, {})}
 
 
 Keep = Callable[[list[Row]], None]  # sees the rows so far, so that an interrupted run is not lost
