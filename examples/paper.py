@@ -14,7 +14,6 @@ there is something to fine-tune. With a model and pairs of your own the same com
 import argparse
 import random
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,36 +42,44 @@ from examples.training import (
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command's options; some defaults differ for a model of one's own."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.paper", description="The ORPO paper's claims on a model of any size.", allow_abbrev=False
+        prog="python -m examples.paper",
+        description="The ORPO paper's claims on a model of any size.",
+        allow_abbrev=False,
     )
     own = parser.add_argument_group("what is trained")
     own.add_argument("--data", type=Path, help="JSONL file of prompt, chosen, rejected (default: Python's own docs)")
     own.add_argument("--model", help="path or name of a causal language model (default: a small Llama)")
     own.add_argument("--hidden-size", type=int, default=128, help="width of the small Llama, a multiple of 64")
     own.add_argument("--layers", type=int, default=2, help="depth of the small Llama")
-    own.add_argument("--vocabulary", type=int, default=8192, help="tokens of the small Llama")
+    own.add_argument("--vocabulary", type=int, default=2048, help="tokens of the small Llama")
     own.add_argument("--pretraining", type=int, default=200, help="steps of the small Llama on Python's source")
     how = parser.add_argument_group("how")
     how.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each a split, an order and samples")
-    how.add_argument("--steps", type=int, default=150, help="optimizer steps of each method; SFT then DPO takes twice")
+    how.add_argument("--steps", type=int, default=120, help="optimizer steps of each method; SFT then DPO takes twice")
     how.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     how.add_argument("--learning-rate", type=float, help="default: 1e-3 for the small Llama, 8e-6 for a named model")
-    how.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: 256; 1024 for a named model)")
+    how.add_argument(
+        "--max-length", type=int, help="tokens of prompt and answer (default: 256; 1024 for a named model)"
+    )
     how.add_argument("--beta", type=float, default=1.0, help="weight of the ratio's term where ORPO meets the others")
-    how.add_argument("--betas", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0], help="weights that ORPO is tried at")
+    how.add_argument(
+        "--betas", type=float, nargs="+", default=[0.1, 0.5, 1.0, 5.0], help="weights that ORPO is tried at"
+    )
     how.add_argument("--dpo-beta", type=float, default=0.1)
     how.add_argument("--dpo-rate", type=float, default=0.1, help="DPO's learning rate, as a share of --learning-rate")
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--held-out", type=int, default=48, help="pairs that are measured and not trained on")
-    what.add_argument("--measured", type=int, default=10, help="how often, after the start")
-    what.add_argument("--prompts", type=int, default=16, help="held-out prompts that are answered for the diversity")
+    what.add_argument("--held-out", type=int, default=32, help="pairs that are measured and not trained on")
+    what.add_argument("--measured", type=int, default=8, help="how often, after the start")
+    what.add_argument("--prompts", type=int, default=12, help="held-out prompts that are answered for the diversity")
     what.add_argument("--samples", type=int, default=5, help="answers to each")
     what.add_argument("--new-tokens", type=int, default=48, help="length of an answer at most")
     what.add_argument("--temperature", type=float, default=0.7, help="of sampling")
     parser.add_argument("--output", type=Path, default=Path("demo-output/paper"), help="folder for what is written")
-    parser.add_argument("--render", action="store_true", help="train nothing: page and figure of the record in --output")
+    parser.add_argument(
+        "--render", action="store_true", help="train nothing: page and figure of the record in --output"
+    )
     options = parser.parse_args(arguments)
     small = options.model is None
     if options.learning_rate is None:
@@ -214,7 +221,9 @@ def recorded(options: argparse.Namespace) -> Record:
     with tqdm(total=trainings * options.steps + pretraining, unit="step", desc="pretraining", smoothing=0.05) as bar:
         base = pretrained(model, tokenizer, options, bar) if pretraining else model
         seeds = [one_seed(seed, base, tokenizer, examples, options, bar) for seed in options.seeds]
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "render", "data", "seeds")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("output", "render", "data", "seeds")
+    }
     return Record(
         settings={**settings, "data": options.data and options.data.name, "pretraining": pretraining},
         pairs=len(examples),

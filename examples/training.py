@@ -244,7 +244,9 @@ def train(
     tick: Callable[[], object],
 ) -> tuple[Run, Any]:
     """Train a copy of ``start``, and measure it on held-out pairs along the way; ``tick`` is called at every step."""
-    when = {round(part * len(steps) / recipe.measured) for part in range(recipe.measured + 1)} if recipe.measured else []
+    when = (
+        {round(part * len(steps) / recipe.measured) for part in range(recipe.measured + 1)} if recipe.measured else []
+    )
     found: list[tuple[int, Measured]] = []
     kept: list[Trainee] = []
 
