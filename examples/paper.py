@@ -2,8 +2,8 @@
 
 From one starting model it trains, for each seed, by fine-tuning on the chosen answers alone (SFT), by ORPO at several
 weights, by ORPO with the probability ratio in place of the odds ratio, and by DPO after the fine-tuning. It writes
-`paper.json`, the record, into `--output`, and from that record alone the page `paper.md` and its figure. The page says of
-each claim of the paper (arXiv 2403.07691) whether these runs show it.
+`paper.json`, the record, into `--output`, and from that record alone the page `paper.md` and its figure. The page says
+of each claim of the paper (arXiv 2403.07691) whether these runs show it.
 
 Without options the model is the demonstration's small Llama, first trained on the standard library's source, so that
 there is something to fine-tune. With a model and pairs of your own the same command draws the paper's Figure 3:
@@ -132,11 +132,13 @@ def tokenized(pairs: list[corpus.Pair], tokenizer: Any, max_length: int) -> list
 
 def pretrained(model: Any, tokenizer: Any, options: argparse.Namespace, bar: Any) -> Any:
     """The small Llama after some steps on the standard library's source: every seed begins from it."""
-    text = tokenizer("\n".join(corpus.library_source()), add_special_tokens=False)["input_ids"]
-    length = options.max_length - 1
-    windows = [text[at : at + length] for at in range(0, len(text) - length, length)]
+    length, text = options.max_length - 1, list[int]()
+    for module in random.Random(0).sample(source := corpus.library_source(), len(source)):
+        if len(text) < options.pretraining * options.batch_size * length:
+            text += tokenizer(module, add_special_tokens=False)["input_ids"]
+    windows = [text[at : at + length] for at in range(0, len(text) - length + 1, length)]
     examples = [Example([tokenizer.bos_token_id], window, []) for window in windows]
-    recipe = Recipe(options.pretraining, options.batch_size, 2e-3, 0, options.bf16)
+    recipe = Recipe(options.pretraining, options.batch_size, 2e-3, options.measured, options.bf16)
     steps = batches(examples, recipe, seed=0)
     return train(model, SFT, recipe, steps, [], torch.device(options.device), bar.update)[1]
 
@@ -202,6 +204,7 @@ def one_seed(seed: int, base: Any, tokenizer: Any, examples: list[Example], opti
 
 def recorded(options: argparse.Namespace) -> Record:
     """Train everything."""
+    made_by = commit()  # now, since the checkout may change before a long run ends
     transformers.set_seed(0)
     pairs = corpus.preference_pairs() if options.data is None else corpus.load_pairs(options.data)
     if options.model is None:
@@ -233,7 +236,7 @@ def recorded(options: argparse.Namespace) -> Record:
         threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         date=today(),
-        commit=commit(),
+        commit=made_by or "unknown",
         seeds=seeds,
     )
 

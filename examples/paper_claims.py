@@ -4,6 +4,7 @@ The verdict is a rule, so that no sentence of the page can say what its record d
 number reaches its least at every seed, does not where it does at none, and otherwise the seeds disagree.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,14 +21,14 @@ REPRODUCES, DOES_NOT, DISAGREE = "reproduces", "does not reproduce", "the seeds 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the paper in our words; ``{beta}`` and the like are filled from the record's settings."""
+    """One sentence of the paper in our words, and how it is asked of a record."""
 
-    says: str
+    says: str  # ``{beta}``, ``{steps}`` and ``{weights}`` are filled from the settings, here and in ``asked``
     asked: str  # what the number is
     value: Callable[[Seed, Record], float]
     least: float
     form: str = "{:+.2f} nats"
-    reason: str = ""  # why it may be otherwise at some size; said where the claim does not reproduce
+    reason: Callable[[Record], str] = lambda _: ""  # what else the record says of it where it is not reproduced
 
 
 def gap(run: Run) -> float:
@@ -87,6 +88,28 @@ def _least_widening(seed: Seed, record: Record) -> float:
     return min((after - before for before, after in pairwise(gaps)), default=0.0)
 
 
+def _where_it_falls(record: Record) -> str:
+    """Beside the rejected side's rise under ORPO: that under fine-tuning, and the weights at which it falls."""
+    said = f"Under SFT it rises by {spread([_rise_under_sft(seed, record) for seed in record.seeds], '{:.2f}')} nats."
+    falls = [
+        f"{beta:g}"
+        for beta in record.settings["betas"]
+        if all(run.rejected[0] - run.rejected[-1] >= NATS for run in (seed.run("orpo", beta) for seed in record.seeds))
+    ]
+    weights = f"at beta {' and '.join(falls)}, at every seed" if falls else "at none of the weights tried"
+    return f"{said} Under ORPO it falls {weights}."
+
+
+def _nearly_the_same(record: Record) -> str:
+    """What the difference of the two ratios hangs on."""
+    probability = max(math.exp(of_beta(seed, record).chosen[-1]) for seed in record.seeds)
+    said = (
+        "The derivatives of the two differ by factors of 1 - p, p the exponential of an answer's mean log-probability. "
+        f"Here p of the chosen side ended at {probability:.2g} or less"
+    )
+    return f"{said}{', so they are nearly the same loss' if probability < 0.1 else ''}."
+
+
 CLAIMS = (
     Claim(
         "Fine-tuning on the chosen answers alone raises the log-probability of the rejected ones too (section 3, "
@@ -96,7 +119,7 @@ CLAIMS = (
         NATS,
     ),
     Claim(
-        "ORPO parts the two sides where fine-tuning does not.",
+        "ORPO parts the two sides more than fine-tuning does.",
         "gap of chosen and rejected under ORPO, less that under SFT",
         _wider_gap,
         NATS,
@@ -106,8 +129,7 @@ CLAIMS = (
         "the rejected side's fall under ORPO from where it began",
         _fall_under_orpo,
         NATS,
-        reason="The model is still learning to write such text at all, which raises both sides; what the term takes off "
-        "the rejected one is less than that. At a higher weight it is more: see the figure's panel on beta.",
+        reason=_where_it_falls,
     ),
     Claim(
         "ORPO keeps the chosen side's gain from fine-tuning.",
@@ -123,9 +145,7 @@ CLAIMS = (
         "rejected side under the odds ratio, less that under the probability ratio, at beta {beta:g}",
         _suppressed,
         NATS,
-        reason="The two differ by the factor 1 - p of each answer, p the exponential of its mean log-probability. Here p "
-        "of the chosen side ended at {probability:.1%}, so they are nearly the same loss. A model for which text is "
-        "more probable is where they part.",
+        reason=_nearly_the_same,
     ),
     Claim(
         "A batch of DPO sends twice as many sequences through a model as one of ORPO, since its reference reads them "
@@ -189,6 +209,7 @@ def verdict(found: Sequence[float], least: float) -> str:
 
 
 def spread(found: Sequence[float], form: str) -> str:
-    """Mean over the seeds and, where they differ as written, the least and the most."""
-    mean, low, high = (form.format(value) for value in (sum(found) / len(found), min(found), max(found)))
+    """Mean over the seeds and, where they differ, the least and the most."""
+    middle = found[0] if min(found) == max(found) else sum(found) / len(found)
+    mean, low, high = (form.format(value) for value in (middle, min(found), max(found)))
     return mean if low == high else f"{mean} ({low.removesuffix(' nats')} to {high})"

@@ -1,6 +1,7 @@
 """The page and the figure of a record of `python -m examples.paper`: every figure and every verdict comes from it."""
 
-import math
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,44 @@ HEADINGS = {
     DISAGREE: "Where the seeds disagree",
 }
 
+LLAMA = """a Llama with {layers} layers of width {hidden_size} and {tokens:,} tokens ({millions:.1f} M
+parameters), first trained for {pretraining} steps on the source of Python's standard library"""
+OWN_DOCS = """pairs from Python's documentation: the opening of a passage, its true continuation, and the same
+words shuffled. What is preferred is word order, which is not what people prefer of an answer"""
+INTRODUCTION = """
+Written by `python -m examples.paper` from its record, [paper.json](paper.json): every figure is the record's, and
+every verdict a rule over it. The paper is Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without
+Reference Model", arXiv 2403.07691.
+
+Trained was {model}, on {pairs:,} {data}. Every method sees the same batches, {steps} steps of {batch_size} pairs, and
+all but DPO, which goes on from SFT, start from the same weights. {held_out} pairs are held out, and all
+log-probabilities are theirs: the mean over an answer's tokens, in nats, then the mean over answers.
+
+Figures are means over {seeds}, with the least and the most in brackets where they differ; the bands in the picture
+have the same ends. A seed decides the split, the order and the samples. A claim reproduces where every seed shows it,
+and does not where none does.{few}"""
+RESIDENT_PEAK = "the rise of the process's resident size, once what earlier trainings left was given back"
+CUDA_PEAK = "CUDA's count of allocated bytes beyond what was held before"
+METHOD = """
+- {record.date}, commit {record.commit}, {record.device}, {record.threads} threads, torch {record.versions[torch]},
+transformers {record.versions[transformers]}, {precision}. Learning rate {learning_rate:g}, DPO's {dpo_rate:g} of it,
+its beta {dpo_beta:g}; warm-up, then a linear fall. {max_length} tokens of prompt and answer at most.
+- The losses are this package's: `linear_logprobs` for SFT, which does not run the rejected answers, `preference_loss`
+with `ORPO`, `ProbabilityRatio` and `DPO`, and `sequence_logprobs` for the reference.
+- Forward passes, and the sequences in them, are those of training, counted by hooks on the model and on DPO's
+reference, a frozen copy in memory. Where a data set is gone through several times, `precompute` saves most of the
+reference's passes and the copy.
+- Peak memory is {memory}: the model's copies, gradients, the optimiser's state and activations.
+- Time is a quotient of medians of steps that the three methods took in turn on the same batches, in one process.
+Other work on the machine met all three alike.
+- Similarities are of {samples} samples of up to {new_tokens} tokens at temperature {temperature:g} for each of
+{prompts} held-out prompts, embedded as counts of character n-grams (`examples/diversity.py`), which see spelling and
+no meaning; the paper embeds with a language model. Higher is less diverse.
+
+The first sample of each model for the first prompt of seed {first}:
+
+{shown}"""
+
 
 def write(record: Record, folder: Path) -> tuple[Path, Path]:
     """Page and figure into ``folder``; their paths."""
@@ -50,63 +89,62 @@ def summary(record: Record) -> str:
 
 def render(record: Record) -> str:
     """The page."""
-    sections = [_introduction(record), f"![six panels]({FIGURE.as_posix()})", "## The figures", _table(record)]
+    sections = [
+        "# The ORPO paper's claims in small",
+        _introduction(record),
+        f"![six panels]({FIGURE.as_posix()})",
+        "## The figures",
+        _table(record),
+    ]
     for what, heading in HEADINGS.items():
         claims = [claim for claim in CLAIMS if verdict(values(claim, record), claim.least) == what]
         if claims:
             sections += [f"## {heading}", "\n".join(_sentence(claim, record, what) for claim in claims)]
-    return "\n\n".join([*sections, "## How it was measured", _method(record)]) + "\n"
+    return "\n\n".join(map(_wrapped, [*sections, "## How it was measured", _method(record)])) + "\n"
+
+
+def _wrapped(section: str) -> str:
+    """Paragraphs and lists at the width that this repository's documents have; tables, headings and pictures as is."""
+    if section[0] in "|#!":
+        return section
+    paragraphs = [
+        "\n".join(
+            textwrap.fill(
+                " ".join(item.split()),
+                125,
+                subsequent_indent="  " * item.startswith("- "),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for item in re.split(r"\n(?=- )", paragraph.strip())
+        )
+        for paragraph in section.split("\n\n")
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def _filled(text: str, record: Record) -> str:
-    ended = [of_beta(seed, record).chosen[-1] for seed in record.seeds]
-    return text.format(
-        beta=main_beta(record),
-        steps=record.settings["steps"],
-        weights=", ".join(f"{beta:g}" for beta in record.settings["betas"]),
-        probability=math.exp(sum(ended) / len(ended)),
-    )
+    weights = ", ".join(f"{beta:g}" for beta in record.settings["betas"])
+    return text.format(beta=main_beta(record), steps=record.settings["steps"], weights=weights)
 
 
 def _sentence(claim: Claim, record: Record, what: str) -> str:
-    seen = spread(values(claim, record), claim.form)
-    asked = f"{_filled(claim.asked, record)}: **{seen}**; asked for at every seed: {claim.form.format(claim.least)}"
-    why = f" {_filled(claim.reason, record)}" if claim.reason and what != REPRODUCES else ""
-    return f"- {_filled(claim.says, record)} Here, {asked} or more.{why}"
+    least = f"{claim.form.format(claim.least)} or more"
+    seen = f"{_filled(claim.asked, record)}: **{spread(values(claim, record), claim.form)}**, asked for {least}."
+    return f"- {_filled(claim.says, record)} Here {seen} {'' if what == REPRODUCES else claim.reason(record)}".rstrip()
 
 
 def _introduction(record: Record) -> str:
-    settings = record.settings
+    settings, count = record.settings, len(record.seeds)
     if settings["model"] is None:
-        model = (
-            f"a Llama of {settings['layers']} layers, width {settings['hidden_size']} and {record.vocabulary:,} tokens "
-            f"({record.parameters / 1e6:.1f} M parameters), that was first trained for {settings['pretraining']} steps on "
-            "the source of Python's standard library"
-        )
+        model = LLAMA.format(**settings, tokens=record.vocabulary, millions=record.parameters / 1e6)
     else:
         model = f"`{settings['model']}` ({record.parameters / 1e6:,.0f} M parameters)"
-    if settings["data"] is None:
-        data = (
-            f"{record.pairs} pairs from Python's documentation: the opening of a passage, its true continuation, and the "
-            "same words shuffled. So what is preferred here is word order, which is not what people prefer of an answer"
-        )
-    else:
-        data = f"{record.pairs:,} pairs of `{settings['data']}`"
-    count = len(record.seeds)
+    data = OWN_DOCS if settings["data"] is None else f"pairs of `{settings['data']}`"
     few = " Fewer than three seeds say little of their spread." if count < 3 else ""
-    return (
-        "# The ORPO paper's claims in small\n\n"
-        "Written by `python -m examples.paper` from its record [paper.json](paper.json), and by nobody's hand: a verdict "
-        "is a rule over the record. "
-        "The paper is Hong, Lee, Thorne, "
-        '"ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691, whose models have 125 M to '
-        "7 B parameters.\n\n"
-        f"Trained was {model}, on {data}. Every method starts from the same weights and sees the same batches: "
-        f"{settings['steps']} steps of {settings['batch_size']} pairs. {settings['held_out']} pairs are held out, and "
-        f"all log-probabilities are theirs: the mean of an answer's tokens, in nats, then the mean over answers.\n\n"
-        f"There are {count} seeds. A seed decides the split, the order and the samples; figures are means over seeds, with the "
-        "least and the most in brackets where they differ, and bands in the picture have the same ends. A claim counts "
-        f"as reproduced if every seed shows it, and as not reproduced if none does.{few}"
+    seeds = f"{count} seed{'s' * (count > 1)}"
+    return INTRODUCTION.format(
+        **{**settings, "model": model, "data": data, "pairs": record.pairs}, seeds=seeds, few=few
     )
 
 
@@ -160,34 +198,16 @@ def _table(record: Record) -> str:
 
 
 def _method(record: Record) -> str:
-    settings, versions = record.settings, record.versions
-    on_cpu = not str(settings["device"]).startswith("cuda")
-    memory = (
-        "the rise of the process's resident size, after what could be given back was given back"
-        if on_cpu
-        else "CUDA's count of allocated bytes above what was held before"
-    )
-    example = record.seeds[0].diversity
-    samples = "\n".join(f"- {SHORT[name]}: `{_shown(found.example)}`" for name, found in example.items())
-    return (
-        f"- {record.date}, commit {record.commit or 'unknown'}, {record.device}, {record.threads} threads, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}, "
-        f"{'bfloat16 autocast' if settings['bf16'] else 'float32'}. Learning rate {settings['learning_rate']:g}, DPO "
-        f"{settings['dpo_rate']:g} of it with beta {settings['dpo_beta']:g}; warm-up, then linear decay. "
-        f"{settings['max_length']} tokens of prompt and answer at most.\n"
-        "- All losses are this package's: `linear_logprobs` for SFT, which does not run the rejected answers, "
-        "`preference_loss` with `ORPO`, `ProbabilityRatio` and `DPO` for the others, `sequence_logprobs` for the reference.\n"
-        "- Forward passes and sequences of training are counted by hooks on the model and on DPO's reference, which is "
-        "a frozen copy in memory. Where its log-probabilities are computed once ahead (`precompute`), a training of several "
-        "rounds over the data saves most of the reference's passes and its memory.\n"
-        f"- Peak memory is {memory}: the copied model, gradients, the optimiser's state and activations.\n"
-        "- Time is a quotient of medians of steps that the three methods took in turn on the same batches, in one process. "
-        "The machine may have had other work; it met all three alike.\n"
-        f"- Similarities are of {settings['samples']} samples of up to {settings['new_tokens']} tokens at temperature "
-        f"{settings['temperature']:g} for each of {settings['prompts']} held-out prompts, embedded as counts of character "
-        "n-grams (`examples/diversity.py`), which see spelling and no meaning; the paper embeds with a language model. Higher "
-        "is less diverse.\n\n"
-        f"The first sample of each model, for the first prompt of seed {record.seeds[0].seed}:\n\n{samples}"
+    on_gpu = str(record.settings["device"]).startswith("cuda")
+    first = record.seeds[0]
+    samples = [f"- {SHORT[name]}: `{_shown(found.example)}`" for name, found in first.diversity.items()]
+    return METHOD.format(
+        **record.settings,
+        record=record,
+        precision="bfloat16 autocast" if record.settings["bf16"] else "float32",
+        memory=CUDA_PEAK if on_gpu else RESIDENT_PEAK,
+        first=first.seed,
+        shown="\n".join(samples),
     )
 
 

@@ -243,10 +243,8 @@ def train(
     device: torch.device,
     tick: Callable[[], object],
 ) -> tuple[Run, Any]:
-    """Train a copy of ``start``, and measure it on held-out pairs along the way; ``tick`` is called at every step."""
-    when = (
-        {round(part * len(steps) / recipe.measured) for part in range(recipe.measured + 1)} if recipe.measured else []
-    )
+    """Train a copy of ``start``, measured on held-out pairs along the way if there are any; ``tick`` at every step."""
+    when = {round(part * len(steps) / recipe.measured) for part in range(recipe.measured + 1)}
     found: list[tuple[int, Measured]] = []
     kept: list[Trainee] = []
 
@@ -254,7 +252,7 @@ def train(
         trainee = Trainee(start, method, recipe, device)
         kept.append(trainee)
         for number, examples in enumerate([*steps, None]):
-            if number in when:
+            if held_out and number in when:
                 found.append((number, measure(trainee.model, held_out, recipe)))
             if examples is not None:
                 trainee.step(examples)
