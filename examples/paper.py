@@ -28,7 +28,9 @@ from examples.paper_record import Diversity, Record, Seed
 from examples.training import (
     SFT,
     Example,
+    Method,
     Recipe,
+    Run,
     batches,
     check_head,
     dpo,
@@ -37,6 +39,8 @@ from examples.training import (
     step_seconds,
     train,
 )
+
+BY_HEART = 3.0  # of the learning rate, for the few pairs that are to be certain within the same number of steps
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--hidden-size", type=int, default=128, help="width of the small Llama, a multiple of 64")
     own.add_argument("--layers", type=int, default=2, help="depth of the small Llama")
     own.add_argument("--vocabulary", type=int, default=2048, help="tokens of the small Llama")
-    own.add_argument("--pretraining", type=int, default=200, help="steps of the small Llama on Python's source")
+    own.add_argument("--pretraining", type=int, default=300, help="steps of the small Llama on Python's source")
     how = parser.add_argument_group("how")
     how.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each a split, an order and samples")
     how.add_argument("--steps", type=int, default=120, help="optimizer steps of each method; SFT then DPO takes twice")
@@ -67,6 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--dpo-beta", type=float, default=0.1)
     how.add_argument("--dpo-rate", type=float, default=0.1, help="DPO's learning rate, as a share of --learning-rate")
+    how.add_argument("--few", type=int, help="pairs learnt by heart to compare the ratios (default: 8, 0 for --model)")
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     what = parser.add_argument_group("what is measured")
@@ -84,6 +89,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     small = options.model is None
     if options.learning_rate is None:
         options.learning_rate = 1e-3 if small else 8e-6
+    if options.few is None:
+        options.few = 2 * options.batch_size if small else 0
     if options.max_length is None:
         options.max_length = 256 if small else 1024
     _check(parser, options)
@@ -93,7 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     least = dict.fromkeys(("steps", "batch_size", "held_out", "measured", "new_tokens"), 1)
-    least |= {"prompts": 2, "samples": 2, "max_length": 8, "pretraining": 0, "vocabulary": 512}
+    least |= {"prompts": 2, "samples": 2, "max_length": 8, "pretraining": 0, "few": 0, "vocabulary": 512}
     for name, at_least in least.items():
         if getattr(options, name) < at_least:
             flag = f"--{name.replace('_', '-')}"
@@ -175,14 +182,16 @@ def one_seed(seed: int, base: Any, tokenizer: Any, examples: list[Example], opti
     held_out, trained_on = shuffled[: options.held_out], shuffled[options.held_out :]
     steps = batches(trained_on, recipe, seed)
 
-    def run(method: Any, begin: Any) -> tuple[Any, Any]:
+    def run(
+        method: Method, begin: Any, on: list[list[Example]] = steps, of: list[Example] = held_out
+    ) -> tuple[Run, Any]:
         bar.set_description(f"seed {seed}, {method.name}")
         transformers.set_seed(seed)
-        return train(begin, method, recipe, steps, held_out, device, bar.update)
+        return train(begin, method, recipe, on, of, device, bar.update)
 
     after = dpo(options.dpo_beta, options.dpo_rate)
     models = {"base": base}
-    runs = []
+    runs: list[Run] = []
     for method, begin in ((SFT, "base"), (after, "sft"), (probability_ratio(options.beta), "base")):
         made, models[method.name] = run(method, models[begin])
         runs.append(made)
@@ -191,15 +200,18 @@ def one_seed(seed: int, base: Any, tokenizer: Any, examples: list[Example], opti
         runs.append(made)
         if beta == options.beta:
             models["orpo"] = model
+    few = trained_on[: options.few]
+    ratios = (orpo(options.beta, rate=BY_HEART), probability_ratio(options.beta, rate=BY_HEART)) if few else ()
+    by_heart = [run(method, base, batches(few, recipe, seed), few)[0] for method in ratios]
     bar.set_description(f"seed {seed}, steps in turn")
-    seconds = step_seconds(base, (SFT, after, orpo(options.beta)), recipe, steps[:8], device)
+    seconds = step_seconds(base, (SFT, after, orpo(options.beta)), recipe, steps[:12], device)
     prompts = [example.prompt for example in held_out[: options.prompts]]
     diversity = {}
     for name in ("base", "sft", "orpo", "dpo"):
         bar.set_description(f"seed {seed}, samples of {name}")
         transformers.set_seed(seed)
         diversity[name] = diversity_of(models[name], tokenizer, prompts, options)
-    return Seed(seed, runs, seconds, diversity)
+    return Seed(seed, runs, by_heart, seconds, diversity)
 
 
 def recorded(options: argparse.Namespace) -> Record:
@@ -220,7 +232,7 @@ def recorded(options: argparse.Namespace) -> Record:
         )
     check_head(model, examples)
     pretraining = options.pretraining if options.model is None else 0
-    trainings = len(options.seeds) * (3 + len(options.betas))
+    trainings = len(options.seeds) * (3 + len(options.betas) + 2 * bool(options.few))
     with tqdm(total=trainings * options.steps + pretraining, unit="step", desc="pretraining", smoothing=0.05) as bar:
         base = pretrained(model, tokenizer, options, bar) if pretraining else model
         seeds = [one_seed(seed, base, tokenizer, examples, options, bar) for seed in options.seeds]

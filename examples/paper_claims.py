@@ -23,11 +23,12 @@ REPRODUCES, DOES_NOT, DISAGREE = "reproduces", "does not reproduce", "the seeds 
 class Claim:
     """One sentence of the paper in our words, and how it is asked of a record."""
 
-    says: str  # ``{beta}``, ``{steps}`` and ``{weights}`` are filled from the settings, here and in ``asked``
+    says: str  # ``{beta}`` and the like are filled from the settings, here and in ``asked``
     asked: str  # what the number is
     value: Callable[[Seed, Record], float]
     least: float
     form: str = "{:+.2f} nats"
+    by_heart: bool = False  # asked only of a record that has these runs
     reason: Callable[[Record], str] = lambda _: ""  # what else the record says of it where it is not reproduced
 
 
@@ -83,6 +84,11 @@ def _suppressed(seed: Seed, record: Record) -> float:
     return of_beta(seed, record).rejected[-1] - seed.run("probability_ratio").rejected[-1]
 
 
+def _suppressed_by_heart(seed: Seed, _: Record) -> float:
+    odds, probability = seed.by_heart
+    return odds.rejected[-1] - probability.rejected[-1]
+
+
 def _least_widening(seed: Seed, record: Record) -> float:
     gaps = [gap(seed.run("orpo", beta)) for beta in record.settings["betas"]]
     return min((after - before for before, after in pairwise(gaps)), default=0.0)
@@ -110,6 +116,13 @@ def _nearly_the_same(record: Record) -> str:
     return f"{said}{', so they are nearly the same loss' if probability < 0.1 else ''}."
 
 
+def _size_of_the_copy(record: Record) -> str:
+    """What DPO's reference holds, against what its training takes in all."""
+    copied, peaks = record.parameters * 4 / 2**20, [seed.run("dpo").peak_mib for seed in record.seeds]
+    all_of_it = spread(peaks, "{:,.0f} MiB")
+    return f"The reference's copy of the weights is {copied:,.0f} MiB, where DPO takes {all_of_it} in all."
+
+
 CLAIMS = (
     Claim(
         "Fine-tuning on the chosen answers alone raises the log-probability of the rejected ones too (section 3, "
@@ -120,7 +133,7 @@ CLAIMS = (
     ),
     Claim(
         "ORPO parts the two sides more than fine-tuning does.",
-        "gap of chosen and rejected under ORPO, less that under SFT",
+        "the gap of chosen and rejected under ORPO, less that under SFT",
         _wider_gap,
         NATS,
     ),
@@ -142,36 +155,45 @@ CLAIMS = (
     Claim(
         "In place of the odds ratio, the probability ratio suppresses the rejected side too much (the paper's "
         "ablation).",
-        "rejected side under the odds ratio, less that under the probability ratio, at beta {beta:g}",
+        "the rejected side under the odds ratio, less that under the probability ratio, at beta {beta:g}",
         _suppressed,
         NATS,
+        "{:+.4f} nats",
         reason=_nearly_the_same,
+    ),
+    Claim(
+        "The same on {few} pairs seen again and again, until the chosen answers are nearly certain.",
+        "the rejected side of these pairs under the odds ratio, less that under the probability ratio",
+        _suppressed_by_heart,
+        NATS,
+        by_heart=True,
     ),
     Claim(
         "A batch of DPO sends twice as many sequences through a model as one of ORPO, since its reference reads them "
         "too.",
-        "sequences of a DPO step over those of an ORPO step, counted by hooks",
+        "the sequences of a DPO step over those of an ORPO step, counted by hooks",
         lambda seed, record: per_step(seed.run("dpo"), record) / per_step(of_beta(seed, record), record),
         2.0,
         "{:.2f}",
     ),
     Claim(
         "ORPO takes less time than fine-tuning followed by DPO.",
-        "time of SFT and DPO, {steps} steps each, over that of {steps} steps of ORPO",
+        "the time of SFT and DPO, {steps} steps each, over that of {steps} steps of ORPO",
         lambda seed, record: seconds(seed, record, "sft", "dpo") / seconds(seed, record, "orpo"),
         DEARER,
         "{:.2f}",
     ),
     Claim(
         "ORPO takes less memory than DPO, which holds a reference model.",
-        "peak memory of DPO over that of ORPO",
+        "the peak memory of DPO over that of ORPO",
         lambda seed, record: seed.run("dpo").peak_mib / of_beta(seed, record).peak_mib,
         DEARER,
         "{:.2f}",
+        reason=_size_of_the_copy,
     ),
     Claim(
         "A larger weight of the odds-ratio term parts the two sides further.",
-        "least widening of the gap from one of the weights {weights} to the next",
+        "the least widening of the gap from one of the weights {weights} to the next",
         _least_widening,
         0.01,
         "{:+.3f} nats",
@@ -179,7 +201,7 @@ CLAIMS = (
     Claim(
         "For one prompt, answers of ORPO are more alike than those of SFT followed by DPO (the section on lexical "
         "diversity).",
-        "per-input similarity under ORPO, less that under SFT and DPO",
+        "the per-input similarity under ORPO, less that under SFT and DPO",
         lambda seed, _: seed.diversity["orpo"].per_input - seed.diversity["dpo"].per_input,
         ALIKE,
         "{:+.3f}",
@@ -187,12 +209,17 @@ CLAIMS = (
     Claim(
         "Between prompts, answers of ORPO are less alike than those of SFT followed by DPO (the section on lexical "
         "diversity).",
-        "across-input similarity under SFT and DPO, less that under ORPO",
+        "the across-input similarity under SFT and DPO, less that under ORPO",
         lambda seed, _: seed.diversity["dpo"].across_input - seed.diversity["orpo"].across_input,
         ALIKE,
         "{:+.3f}",
     ),
 )
+
+
+def asked_of(record: Record) -> list[Claim]:
+    """The claims that a record can answer."""
+    return [claim for claim in CLAIMS if all(seed.by_heart for seed in record.seeds) or not claim.by_heart]
 
 
 def values(claim: Claim, record: Record) -> list[float]:
@@ -211,5 +238,7 @@ def verdict(found: Sequence[float], least: float) -> str:
 def spread(found: Sequence[float], form: str) -> str:
     """Mean over the seeds and, where they differ, the least and the most."""
     middle = found[0] if min(found) == max(found) else sum(found) / len(found)
-    mean, low, high = (form.format(value) for value in (middle, min(found), max(found)))
-    return mean if low == high else f"{mean} ({low.removesuffix(' nats')} to {high})"
+    number, _, unit = form.partition(" ")
+    mean, low, high = (number.format(value) for value in (middle, min(found), max(found)))
+    ends = "" if low == high else f" ({low} to {high})"
+    return f"{mean}{ends} {unit}".rstrip()

@@ -1,32 +1,27 @@
-"""The page and the figure of a record of `python -m examples.paper`: every figure and every verdict comes from it."""
+"""The page of a record of `python -m examples.paper`: every figure and every verdict on it comes from the record."""
 
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
 
 from examples.paper_claims import (
-    CLAIMS,
     DISAGREE,
     DOES_NOT,
     REPRODUCES,
     Claim,
+    asked_of,
     main_beta,
-    of_beta,
     seconds,
     spread,
     values,
     verdict,
 )
+from examples.paper_figure import SHORT, drawn
 from examples.paper_record import Record, Seed
 from examples.training import Run
 
 FIGURE = Path("images", "paper.png")  # beside the page
-COLOURS = {"base": "#9a9a9a", "sft": "#b0563b", "orpo": "#17324d", "probability_ratio": "#f2b45a", "dpo": "#5b8c5a"}
-SHORT = {"base": "start", "sft": "SFT", "orpo": "ORPO", "probability_ratio": "probability ratio", "dpo": "SFT, DPO"}
 HEADINGS = {
     REPRODUCES: "What reproduces",
     DOES_NOT: "What does not reproduce",
@@ -42,17 +37,18 @@ Written by `python -m examples.paper` from its record, [paper.json](paper.json):
 every verdict a rule over it. The paper is Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without
 Reference Model", arXiv 2403.07691.
 
-Trained was {model}, on {pairs:,} {data}. Every method sees the same batches, {steps} steps of {batch_size} pairs, and
-all but DPO, which goes on from SFT, start from the same weights. {held_out} pairs are held out, and all
-log-probabilities are theirs: the mean over an answer's tokens, in nats, then the mean over answers.
+The model is {model}, and trains on {pairs:,} {data}. Every method sees the same batches, {steps} steps of
+{batch_size} pairs, and all but DPO, which goes on from SFT, start from the same weights. {held_out} pairs are held
+out, and all log-probabilities are theirs unless it is said otherwise: the mean over an answer's tokens, in nats, then
+the mean over answers.
 
 Figures are means over {seeds}, with the least and the most in brackets where they differ; the bands in the picture
 have the same ends. A seed decides the split, the order and the samples. A claim reproduces where every seed shows it,
-and does not where none does.{few}"""
+and does not where none does.{caution}"""
 RESIDENT_PEAK = "the rise of the process's resident size, once what earlier trainings left was given back"
 CUDA_PEAK = "CUDA's count of allocated bytes beyond what was held before"
 METHOD = """
-- {record.date}, commit {record.commit}, {record.device}, {record.threads} threads, torch {record.versions[torch]},
+- {record.date}, commit {record.commit}, {record.device}, threads {record.threads}, torch {record.versions[torch]},
 transformers {record.versions[transformers]}, {precision}. Learning rate {learning_rate:g}, DPO's {dpo_rate:g} of it,
 its beta {dpo_beta:g}; warm-up, then a linear fall. {max_length} tokens of prompt and answer at most.
 - The losses are this package's: `linear_logprobs` for SFT, which does not run the rejected answers, `preference_loss`
@@ -83,7 +79,7 @@ def write(record: Record, folder: Path) -> tuple[Path, Path]:
 
 def summary(record: Record) -> str:
     """A verdict a line."""
-    found = [(verdict(values(claim, record), claim.least), claim) for claim in CLAIMS]
+    found = [(verdict(values(claim, record), claim.least), claim) for claim in asked_of(record)]
     return "\n".join(f"{what:>18}: {_filled(claim.says, record)}" for what, claim in found)
 
 
@@ -97,7 +93,7 @@ def render(record: Record) -> str:
         _table(record),
     ]
     for what, heading in HEADINGS.items():
-        claims = [claim for claim in CLAIMS if verdict(values(claim, record), claim.least) == what]
+        claims = [claim for claim in asked_of(record) if verdict(values(claim, record), claim.least) == what]
         if claims:
             sections += [f"## {heading}", "\n".join(_sentence(claim, record, what) for claim in claims)]
     return "\n\n".join(map(_wrapped, [*sections, "## How it was measured", _method(record)])) + "\n"
@@ -125,7 +121,7 @@ def _wrapped(section: str) -> str:
 
 def _filled(text: str, record: Record) -> str:
     weights = ", ".join(f"{beta:g}" for beta in record.settings["betas"])
-    return text.format(beta=main_beta(record), steps=record.settings["steps"], weights=weights)
+    return text.format(**{**record.settings, "beta": main_beta(record), "weights": weights})
 
 
 def _sentence(claim: Claim, record: Record, what: str) -> str:
@@ -141,10 +137,10 @@ def _introduction(record: Record) -> str:
     else:
         model = f"`{settings['model']}` ({record.parameters / 1e6:,.0f} M parameters)"
     data = OWN_DOCS if settings["data"] is None else f"pairs of `{settings['data']}`"
-    few = " Fewer than three seeds say little of their spread." if count < 3 else ""
+    caution = " Fewer than three seeds say little of their spread." if count < 3 else ""
     seeds = f"{count} seed{'s' * (count > 1)}"
     return INTRODUCTION.format(
-        **{**settings, "model": model, "data": data, "pairs": record.pairs}, seeds=seeds, few=few
+        **{**settings, "model": model, "data": data, "pairs": record.pairs}, seeds=seeds, caution=caution
     )
 
 
@@ -215,82 +211,3 @@ def _shown(text: str, length: int = 90) -> str:
     """On one line, fit for code in Markdown."""
     flat = " ".join(text.split()).replace("`", "'")
     return (flat[:length] + "…" if len(flat) > length else flat) or " "
-
-
-def drawn(record: Record) -> Figure:
-    """Six panels, one for each of the paper's subjects."""
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    sides, odds, ratio, costs, weights, alike = figure.subplots(2, 3).flatten()
-    beta = main_beta(record)
-    of = {name: (lambda seed, name=name: seed.run(name)) for name in ("sft", "probability_ratio", "dpo")}
-    runs: dict[str, Callable[[Seed], Run]] = {**of, "orpo": lambda seed: seed.run("orpo", beta)}
-
-    def curve(panel: Any, name: str, field: str, style: str = "-", label: str = "") -> None:
-        series = [getattr(runs[name](seed), field) for seed in record.seeds]
-        _band(panel, runs[name](record.seeds[0]).steps, series, COLOURS[name], style, label or SHORT[name])
-
-    for name in ("sft", "orpo"):
-        for side, style in (("chosen", "-"), ("rejected", "--")):
-            curve(sides, name, side, style, f"{side}, {SHORT[name]}")
-            other = "probability_ratio" if name == "sft" else "orpo"
-            curve(ratio, other, side, style, f"{side}, {'odds' if other == 'orpo' else 'probability'} ratio")
-    for name in ("sft", "orpo", "dpo"):
-        curve(odds, name, "log_odds", label="DPO, after SFT" if name == "dpo" else "")
-    sides.set(title=f"Held-out answers under SFT and ORPO, beta {beta:g}", ylabel="log-probability a token, nats")
-    ratio.set(title=f"Odds ratio and probability ratio, beta {beta:g}", ylabel="log-probability a token, nats")
-    odds.set(title="Log odds ratio of chosen to rejected")
-
-    quotients: dict[str, Callable[[Seed], float]] = {
-        "sequences": lambda s: (s.run("sft").sequences + s.run("dpo").sequences) / of_beta(s, record).sequences,
-        "time": lambda s: seconds(s, record, "sft", "dpo") / seconds(s, record, "orpo"),
-        "peak memory": lambda s: max(s.run("sft").peak_mib, s.run("dpo").peak_mib) / of_beta(s, record).peak_mib,
-    }
-    _bars(costs, list(quotients), {"dpo": [[of(s) for s in record.seeds] for of in quotients.values()]})
-    costs.axhline(1, color="black", linestyle=":", linewidth=1)
-    costs.set(title="SFT and then DPO, over ORPO (dotted)", ylabel="quotient")
-
-    betas = record.settings["betas"]
-    for side, style in (("chosen", "-o"), ("rejected", "--o")):
-        series = [[getattr(s.run("orpo", each), side)[-1] for each in betas] for s in record.seeds]
-        _band(weights, betas, series, COLOURS["orpo"], style, side)
-    weights.set(title="ORPO in the end, by its weight", xlabel="beta", xscale="log")
-    weights.set_ylabel("log-probability a token, nats")
-
-    fields = {"per input": "per_input", "across inputs": "across_input"}
-    _bars(
-        alike,
-        list(fields),
-        {
-            name: [[getattr(s.diversity[name], f) for s in record.seeds] for f in fields.values()]
-            for name in ("base", "sft", "orpo", "dpo")
-        },
-    )
-    alike.set(title="How alike samples are", ylabel="mean cosine similarity")
-    for panel in (sides, odds, ratio):
-        panel.set_xlabel("step")
-    for panel in (sides, odds, ratio, weights, alike):
-        panel.legend(frameon=False, fontsize=8)
-    for panel in (sides, odds, ratio, costs, weights, alike):
-        panel.grid(alpha=0.3)
-    return figure
-
-
-def _band(panel: Any, x: list[Any], series: list[list[float]], colour: str, style: str, label: str) -> None:
-    """The mean over seeds, and a band from their least to their most."""
-    at = list(zip(*series, strict=True))
-    panel.plot(x, [sum(values) / len(values) for values in at], style, color=colour, label=label, linewidth=1.6)
-    panel.fill_between(x, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, linewidth=0)
-
-
-def _bars(panel: Any, groups: list[str], found: dict[str, list[list[float]]]) -> None:
-    """For each name a bar a group: the mean over seeds, and a line from their least to their most."""
-    width = 0.8 / len(found)
-    for index, (name, every) in enumerate(found.items()):
-        means = [sum(values) / len(values) for values in every]
-        ends = [
-            [m - min(v) for m, v in zip(means, every, strict=True)],
-            [max(v) - m for m, v in zip(means, every, strict=True)],
-        ]
-        at = [group + (index - (len(found) - 1) / 2) * width for group in range(len(groups))]
-        panel.bar(at, means, width, yerr=ends, capsize=3, color=COLOURS[name], label=SHORT[name])
-    panel.set_xticks(range(len(groups)), groups)

@@ -23,6 +23,7 @@ class Seed:
 
     seed: int
     runs: list[Run]
+    by_heart: list[Run]  # ORPO and the probability ratio on a few pairs, measured on those; empty where not asked for
     step_seconds: dict[str, float]  # by method, median of steps taken in turn
     diversity: dict[str, Diversity]  # of base, sft, orpo and dpo
 
@@ -64,6 +65,7 @@ class Record:
             Seed(
                 seed["seed"],
                 [Run(**run) for run in seed["runs"]],
+                [Run(**run) for run in seed["by_heart"]],
                 seed["step_seconds"],
                 {name: Diversity(**values) for name, values in seed["diversity"].items()},
             )

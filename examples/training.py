@@ -59,12 +59,12 @@ class Method:
 SFT = Method("sft")
 
 
-def orpo(beta: float) -> Method:
-    return Method("orpo", ORPO(beta))
+def orpo(beta: float, rate: float = 1.0) -> Method:
+    return Method("orpo", ORPO(beta), rate=rate)
 
 
-def probability_ratio(beta: float) -> Method:
-    return Method("probability_ratio", ProbabilityRatio(beta))
+def probability_ratio(beta: float, rate: float = 1.0) -> Method:
+    return Method("probability_ratio", ProbabilityRatio(beta), rate=rate)
 
 
 def dpo(beta: float, rate: float) -> Method:

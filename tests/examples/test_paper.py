@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # training runs
 DOCS = Path(__file__).parents[2] / "docs"
 CPU = torch.device("cpu")
 FEW = ["--steps", "4", "--batch-size", "2", "--held-out", "4", "--measured", "2", "--prompts", "2", "--samples", "2"]
-FEW += ["--new-tokens", "4", "--betas", "0.1", "--seeds", "0", "--device", "cpu"]
+FEW += ["--new-tokens", "4", "--betas", "0.1", "--seeds", "0", "--few", "2", "--device", "cpu"]
 SMALL = ["--hidden-size", "64", "--layers", "1", "--vocabulary", "512", "--pretraining", "2", "--max-length", "64"]
 
 FAMILIES = {
@@ -177,7 +177,8 @@ def a_seed(seed: int, shows: bool) -> Seed:
         ]
         alike = {"base": (0.5, 0.5), "sft": (0.4, 0.4), "orpo": (0.5, 0.3), "dpo": (0.5, 0.3)}
     seconds = {"sft": 0.1, "orpo": 0.2 if shows else 0.6, "dpo": 0.4}
-    return Seed(seed, runs, seconds, {name: Diversity(*pair, "a sample") for name, pair in alike.items()})
+    by_heart = [runs[2], runs[3]]
+    return Seed(seed, runs, by_heart, seconds, {name: Diversity(*pair, "a sample") for name, pair in alike.items()})
 
 
 def a_record(*shows: bool, **settings: Any) -> Record:
@@ -228,7 +229,12 @@ def test_sentences_follow_the_record() -> None:
 
 def test_a_model_and_data_of_ones_own_are_named() -> None:
     page = paper_page.render(a_record(True, model="some/model", data="pairs.jsonl", device="cuda", bf16=True))
-    assert "`some/model` (1 M parameters), on 100 pairs of `pairs.jsonl`" in page
+    page = " ".join(page.split())
+    assert "The model is `some/model` (1 M parameters), and trains on 100 pairs of `pairs.jsonl`." in page
+    assert "seen again and again" in page
+    record = a_record(True, False)
+    record.seeds[0].by_heart = []
+    assert "seen again and again" not in paper_page.render(record)
     for absent in ("Llama", "Python's documentation", "resident size", "float32"):
         assert absent not in page
     assert "CUDA's count of allocated bytes" in page
@@ -237,7 +243,7 @@ def test_a_model_and_data_of_ones_own_are_named() -> None:
 def test_spread_names_the_ends_where_seeds_differ() -> None:
     assert spread([1.0, 1.0], "{:.2f}") == "1.00"
     assert spread([6, 6, 6], "{:,}") == "6"
-    assert spread([1.0, 2.0, 6.0], "{:+.1f} nats") == "+3.0 nats (+1.0 to +6.0 nats)"
+    assert spread([1.0, 2.0, 6.0], "{:+.1f} nats") == "+3.0 (+1.0 to +6.0) nats"
 
 
 def test_the_committed_page_is_what_the_committed_record_renders() -> None:
@@ -308,7 +314,7 @@ def test_a_model_and_pairs_of_ones_own(family: str, form: str, tmp_path: Path, m
     record = Record.load(tmp_path / "out" / "paper.json")
     assert record.pairs == len(rows)
     assert record.settings["data"] == "pairs.jsonl"
-    for run in record.seeds[0].runs:
+    for run in record.seeds[0].runs + record.seeds[0].by_heart:
         assert run.steps == [0, 2, 4]
         assert all(math.isfinite(value) for value in (*run.chosen, *run.rejected, *run.log_odds))
     tuned = record.seeds[0].run("sft")
