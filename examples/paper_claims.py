@@ -28,7 +28,7 @@ class Claim:
     value: Callable[[Seed, Record], float]
     least: float
     form: str = "{:+.2f} nats"
-    by_heart: bool = False  # asked only of a record that has these runs
+    applies: Callable[[Record], bool] = lambda _: True  # whether the record has what it is about
     reason: Callable[[Record], str] = lambda _: ""  # what else the record says of it where it is not reproduced
 
 
@@ -70,9 +70,8 @@ def _fall_under_orpo(seed: Seed, record: Record) -> float:
     return run.rejected[0] - run.rejected[-1]
 
 
-def _gain_kept(seed: Seed, record: Record) -> float:
-    run, tuned = of_beta(seed, record), seed.run("sft")
-    return (run.chosen[-1] - run.chosen[0]) / (tuned.chosen[-1] - tuned.chosen[0])
+def _chosen_kept(seed: Seed, record: Record) -> float:
+    return of_beta(seed, record).chosen[-1] - seed.run("sft").chosen[-1]
 
 
 def _odds(seed: Seed, record: Record) -> float:
@@ -91,7 +90,7 @@ def _suppressed_by_heart(seed: Seed, _: Record) -> float:
 
 def _least_widening(seed: Seed, record: Record) -> float:
     gaps = [gap(seed.run("orpo", beta)) for beta in record.settings["betas"]]
-    return min((after - before for before, after in pairwise(gaps)), default=0.0)
+    return min(after - before for before, after in pairwise(gaps))
 
 
 def _where_it_falls(record: Record) -> str:
@@ -146,10 +145,9 @@ CLAIMS = (
     ),
     Claim(
         "ORPO keeps the chosen side's gain from fine-tuning.",
-        "the chosen side's rise under ORPO as a share of that under SFT",
-        _gain_kept,
-        0.9,
-        "{:.2f}",
+        "the chosen side under ORPO, less that under SFT",
+        _chosen_kept,
+        -2 * NATS,
     ),
     Claim("The log odds ratio grows in training with ORPO.", "its growth", _odds, NATS),
     Claim(
@@ -166,7 +164,7 @@ CLAIMS = (
         "the rejected side of these pairs under the odds ratio, less that under the probability ratio",
         _suppressed_by_heart,
         NATS,
-        by_heart=True,
+        applies=lambda record: all(seed.by_heart for seed in record.seeds),
     ),
     Claim(
         "A batch of DPO sends twice as many sequences through a model as one of ORPO, since its reference reads them "
@@ -197,6 +195,7 @@ CLAIMS = (
         _least_widening,
         0.01,
         "{:+.3f} nats",
+        applies=lambda record: len(record.settings["betas"]) > 1,
     ),
     Claim(
         "For one prompt, answers of ORPO are more alike than those of SFT followed by DPO (the section on lexical "
@@ -219,7 +218,7 @@ CLAIMS = (
 
 def asked_of(record: Record) -> list[Claim]:
     """The claims that a record can answer."""
-    return [claim for claim in CLAIMS if all(seed.by_heart for seed in record.seeds) or not claim.by_heart]
+    return [claim for claim in CLAIMS if claim.applies(record)]
 
 
 def values(claim: Claim, record: Record) -> list[float]:

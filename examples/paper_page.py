@@ -67,6 +67,13 @@ The first sample of each model for the first prompt of seed {first}:
 
 {shown}"""
 
+OWN = """
+`python -m examples.paper --model facebook/opt-350m --data pairs.jsonl --bf16 --steps 2000 --beta 0.1 --output out`
+writes this page for another model, from the hub or a folder, and for pairs in a JSONL file of prompt, chosen and
+rejected, strings or conversations; its first panel is the paper's Figure 3. It takes a GPU if there is one. Weights,
+gradients, Adam's two moments and DPO's reference are float32, 20 bytes a parameter in all, and activations come on
+top; `--batch-size` and `--max-length` bound those."""
+
 
 def write(record: Record, folder: Path) -> tuple[Path, Path]:
     """Page and figure into ``folder``; their paths."""
@@ -96,7 +103,15 @@ def render(record: Record) -> str:
         claims = [claim for claim in asked_of(record) if verdict(values(claim, record), claim.least) == what]
         if claims:
             sections += [f"## {heading}", "\n".join(_sentence(claim, record, what) for claim in claims)]
-    return "\n\n".join(map(_wrapped, [*sections, "## How it was measured", _method(record)])) + "\n"
+    return (
+        "\n\n".join(
+            map(
+                _wrapped,
+                [*sections, "## How it was measured", _method(record), "## Your own model and pairs", OWN.strip()],
+            )
+        )
+        + "\n"
+    )
 
 
 def _wrapped(section: str) -> str:
@@ -135,7 +150,7 @@ def _introduction(record: Record) -> str:
     if settings["model"] is None:
         model = LLAMA.format(**settings, tokens=record.vocabulary, millions=record.parameters / 1e6)
     else:
-        model = f"`{settings['model']}` ({record.parameters / 1e6:,.0f} M parameters)"
+        model = f"`{settings['model']}` ({record.parameters / 1e6:,.1f} M parameters)"
     data = OWN_DOCS if settings["data"] is None else f"pairs of `{settings['data']}`"
     caution = " Fewer than three seeds say little of their spread." if count < 3 else ""
     seeds = f"{count} seed{'s' * (count > 1)}"

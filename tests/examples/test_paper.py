@@ -230,14 +230,20 @@ def test_sentences_follow_the_record() -> None:
 def test_a_model_and_data_of_ones_own_are_named() -> None:
     page = paper_page.render(a_record(True, model="some/model", data="pairs.jsonl", device="cuda", bf16=True))
     page = " ".join(page.split())
-    assert "The model is `some/model` (1 M parameters), and trains on 100 pairs of `pairs.jsonl`." in page
-    assert "seen again and again" in page
-    record = a_record(True, False)
-    record.seeds[0].by_heart = []
-    assert "seen again and again" not in paper_page.render(record)
+    assert "The model is `some/model` (1.0 M parameters), and trains on 100 pairs of `pairs.jsonl`." in page
     for absent in ("Llama", "Python's documentation", "resident size", "float32"):
         assert absent not in page
     assert "CUDA's count of allocated bytes" in page
+
+
+def test_a_record_is_asked_what_it_can_answer() -> None:
+    said = "seen again and again", "parts the two sides further"
+    record = a_record(True, False)
+    assert all(what in " ".join(paper_page.render(record).split()) for what in said)
+    record.seeds[0].by_heart = []
+    record.settings["betas"] = [1.0]
+    assert not any(what in " ".join(paper_page.render(record).split()) for what in said)
+    assert paper_page.drawn(record).axes[2].get_title() == "The two ratios, beta 1: held-out answers"
 
 
 def test_spread_names_the_ends_where_seeds_differ() -> None:
