@@ -6,7 +6,8 @@ weights, by ORPO with the probability ratio in place of the odds ratio, and by D
 of each claim of the paper (arXiv 2403.07691) whether these runs show it.
 
 Without options the model is the demonstration's small Llama, first trained on the standard library's source, so that
-there is something to fine-tune. With a model and pairs of your own the same command draws the paper's Figure 3:
+there is something to fine-tune. With a model and pairs of your own the same command draws what the paper's Figure 3
+shows:
 
     python -m examples.paper --model facebook/opt-350m --data pairs.jsonl --steps 2000 --bf16
 """
@@ -26,6 +27,7 @@ from examples import corpus, paper_page, start
 from examples.diversity import across_input_diversity, per_input_diversity
 from examples.paper_record import Diversity, Record, Seed
 from examples.training import (
+    BY_HEART,
     SFT,
     Example,
     Method,
@@ -39,8 +41,6 @@ from examples.training import (
     step_seconds,
     train,
 )
-
-BY_HEART = 3.0  # of the learning rate, for the few pairs that are to be certain within the same number of steps
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

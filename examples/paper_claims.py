@@ -160,8 +160,9 @@ CLAIMS = (
         reason=_nearly_the_same,
     ),
     Claim(
-        "The same on {few} pairs seen again and again, until the chosen answers are nearly certain.",
-        "the rejected side of these pairs under the odds ratio, less that under the probability ratio",
+        "The ablation once more, on {few} pairs that are seen again and again: as the chosen answers become certain, "
+        "the odds ratio ceases to press on the rejected ones, and the probability ratio goes on.",
+        "the rejected side of these {few} pairs under the odds ratio, less that under the probability ratio",
         _suppressed_by_heart,
         NATS,
         applies=lambda record: all(seed.by_heart for seed in record.seeds),

@@ -19,7 +19,7 @@ from examples.paper_claims import (
 )
 from examples.paper_figure import SHORT, drawn
 from examples.paper_record import Record, Seed
-from examples.training import Run
+from examples.training import BY_HEART, Run
 
 FIGURE = Path("images", "paper.png")  # beside the page
 HEADINGS = {
@@ -47,10 +47,12 @@ have the same ends. A seed decides the split, the order and the samples. A claim
 and does not where none does.{caution}"""
 RESIDENT_PEAK = "the rise of the process's resident size, once what earlier trainings left was given back"
 CUDA_PEAK = "CUDA's count of allocated bytes beyond what was held before"
+FEW = """ The comparison on {few} pairs has {rate:g} times that rate and is measured on those pairs; it was added once
+the one on held-out pairs had shown no difference."""
 METHOD = """
 - {record.date}, commit {record.commit}, {record.device}, threads {record.threads}, torch {record.versions[torch]},
 transformers {record.versions[transformers]}, {precision}. Learning rate {learning_rate:g}, DPO's {dpo_rate:g} of it,
-its beta {dpo_beta:g}; warm-up, then a linear fall. {max_length} tokens of prompt and answer at most.
+its beta {dpo_beta:g}; warm-up, then a linear fall.{about_few} {max_length} tokens of prompt and answer at most.
 - The losses are this package's: `linear_logprobs` for SFT, which does not run the rejected answers, `preference_loss`
 with `ORPO`, `ProbabilityRatio` and `DPO`, and `sequence_logprobs` for the reference.
 - Forward passes, and the sequences in them, are those of training, counted by hooks on the model and on DPO's
@@ -70,9 +72,9 @@ The first sample of each model for the first prompt of seed {first}:
 OWN = """
 `python -m examples.paper --model facebook/opt-350m --data pairs.jsonl --bf16 --steps 2000 --beta 0.1 --output out`
 writes this page for another model, from the hub or a folder, and for pairs in a JSONL file of prompt, chosen and
-rejected, strings or conversations; its first panel is the paper's Figure 3. It takes a GPU if there is one. Weights,
-gradients, Adam's two moments and DPO's reference are float32, 20 bytes a parameter in all, and activations come on
-top; `--batch-size` and `--max-length` bound those."""
+rejected, strings or conversations; its first panel shows what the paper's Figure 3 does, beside ORPO. It takes a GPU
+if there is one. Weights, gradients, Adam's two moments and DPO's reference are float32, 20 bytes a parameter in all,
+and activations come on top; `--batch-size` and `--max-length` bound those."""
 
 
 def write(record: Record, folder: Path) -> tuple[Path, Path]:
@@ -211,11 +213,13 @@ def _table(record: Record) -> str:
 def _method(record: Record) -> str:
     on_gpu = str(record.settings["device"]).startswith("cuda")
     first = record.seeds[0]
+    few = FEW.format(few=record.settings["few"], rate=BY_HEART) if first.by_heart else ""
     samples = [f"- {SHORT[name]}: `{_shown(found.example)}`" for name, found in first.diversity.items()]
     return METHOD.format(
         **record.settings,
         record=record,
         precision="bfloat16 autocast" if record.settings["bf16"] else "float32",
+        about_few=few,
         memory=CUDA_PEAK if on_gpu else RESIDENT_PEAK,
         first=first.seed,
         shown="\n".join(samples),

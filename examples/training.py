@@ -24,6 +24,7 @@ from orpo_kernels.objectives import DPO, ORPO, ProbabilityRatio, log_odds
 from orpo_kernels.pairs import Objective
 
 IGNORED = -100
+BY_HEART = 3.0  # of a learning rate, where a few pairs are to be certain within the steps that all pairs get
 BELOW_CERTAIN = -1e-6  # as ORPO holds its log-probabilities, since the odds of a certain answer are infinite
 
 

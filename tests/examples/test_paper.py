@@ -231,13 +231,14 @@ def test_a_model_and_data_of_ones_own_are_named() -> None:
     page = paper_page.render(a_record(True, model="some/model", data="pairs.jsonl", device="cuda", bf16=True))
     page = " ".join(page.split())
     assert "The model is `some/model` (1.0 M parameters), and trains on 100 pairs of `pairs.jsonl`." in page
-    for absent in ("Llama", "Python's documentation", "resident size", "float32"):
+    for absent in ("Llama", "Python's documentation", "resident size", ", float32."):
         assert absent not in page
+    assert ", bfloat16 autocast." in page
     assert "CUDA's count of allocated bytes" in page
 
 
 def test_a_record_is_asked_what_it_can_answer() -> None:
-    said = "seen again and again", "parts the two sides further"
+    said = "seen again and again", "had shown no difference", "parts the two sides further"
     record = a_record(True, False)
     assert all(what in " ".join(paper_page.render(record).split()) for what in said)
     record.seeds[0].by_heart = []
