@@ -108,24 +108,28 @@ def texts(pairs: Iterable[Pair]) -> list[str]:
     return [part for text in fields for part in ([text] if isinstance(text, str) else [m["content"] for m in text])]
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def library_source() -> list[str]:
+    """The modules at the top of the standard library, as far as they are installed as source."""
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [path.read_text(encoding="utf-8", errors="replace") for path in library]
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on `texts` and the standard library's source: seconds, and the same merges every time.
 
     Any text can be encoded, because the alphabet holds every byte. Where little of the library is installed as source
-    the merges run out early and the vocabulary stays smaller than `VOCABULARY`.
+    the merges run out early and the vocabulary stays smaller than `vocabulary`.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<bos>", "<eos>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    source = [path.read_text(encoding="utf-8", errors="replace") for path in library]
-    bpe.train_from_iterator([*texts, *topics.values(), *source], trainer)
+    bpe.train_from_iterator([*texts, *topics.values(), *library_source()], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = CHAT
     return tokenizer

@@ -19,22 +19,14 @@ import datasets
 import torch
 import transformers
 import trl
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-)
-from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 if TYPE_CHECKING:
-    from examples import corpus
+    from examples import corpus, start
 else:
     import corpus  # a script's own folder is the first place Python looks
+    import start
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,37 +86,10 @@ class Steps(ProgressCallback):  # type: ignore[misc]
 def load_model(options: argparse.Namespace, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The named model and its tokenizer; without a name a small untrained Llama and a tokenizer trained on `texts`."""
     if options.model is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        except OSError as error:
-            sys.exit(
-                f"train_orpo: --model: {options.model} is no folder with a model and its tokenizer, and the Hugging "
-                f"Face hub gave none of that name: {str(error).splitlines()[0]}"
-            )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return model, tokenizer
-    tokenizer = corpus.train_tokenizer(texts)
-    config = LlamaConfig(
-        vocab_size=max(len(tokenizer), corpus.VOCABULARY),  # the head keeps its size where the merges ran out early
-        hidden_size=options.hidden_size,
-        intermediate_size=options.hidden_size * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 64,
-        max_position_embeddings=max(options.max_length, 512),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        return start.named_model(options.model)
+    return start.small_llama(
+        texts, hidden_size=options.hidden_size, layers=options.layers, max_length=options.max_length
     )
-    return LlamaForCausalLM(config), tokenizer
-
-
-def as_strings(pairs: list[corpus.Pair], tokenizer: PreTrainedTokenizerBase) -> list[corpus.Pair]:
-    """Pairs as TRL would make them: a prompt both answers begin with taken out, conversations written down."""
-    if any(is_conversational(pair) for pair in pairs) and tokenizer.chat_template is None:
-        sys.exit("train_orpo: --data holds conversations, but the tokenizer of --model has no chat template")
-    return [maybe_apply_chat_template(maybe_extract_prompt(pair), tokenizer) for pair in pairs]
 
 
 def shorten_prompts(pairs: list[corpus.Pair], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[corpus.Pair]:
@@ -166,8 +131,11 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.set_seed(options.seed)
     pairs = corpus.preference_pairs(options.seed) if options.data is None else corpus.load_pairs(options.data)
-    model, tokenizer = load_model(options, corpus.texts(pairs))
-    pairs = shorten_prompts(as_strings(pairs, tokenizer), tokenizer, options.max_length // 2)
+    try:
+        model, tokenizer = load_model(options, corpus.texts(pairs))
+        pairs = shorten_prompts(start.as_strings(pairs, tokenizer), tokenizer, options.max_length // 2)
+    except ValueError as error:
+        sys.exit(f"train_orpo: {error}")
 
     config = ORPOConfig(
         output_dir=str(options.output),

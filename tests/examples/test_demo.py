@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from examples import corpus, demo
+from examples import corpus, demo, start
 
 pytestmark = pytest.mark.slow  # training runs
 
@@ -184,12 +184,12 @@ def test_script_names_a_model_that_is_nowhere(tmp_path: Path) -> None:
     assert last.startswith("train_orpo: --model: nobody/nothing is no folder with a model and its tokenizer")
 
 
-def test_pairs_become_the_strings_that_trl_makes(train_orpo: ModuleType) -> None:
+def test_pairs_become_the_strings_that_trl_makes() -> None:
     user, good, bad = (
         {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("x", "c"))
     )
     tokenizer = corpus.train_tokenizer(["a"])
-    (explicit, implicit, plain) = train_orpo.as_strings(
+    (explicit, implicit, plain) = start.as_strings(
         [
             {"prompt": [user], "chosen": [good], "rejected": [{**good, "content": "c"}]},
             {"chosen": [user, good], "rejected": [user, {**good, "content": "c"}]},
