@@ -18,7 +18,7 @@ from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, Row
 from benchmarks.lab.compile import problem
-from benchmarks.problems.cases import LOGITS_TASKS
+from benchmarks.problems.cases import LOGITS_TASKS, OBJECTIVE_TASKS
 from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
@@ -40,8 +40,9 @@ README = {
 HEADLINE = {**README, "RSS MiB": ("peak_rss_mib", ".0f"), "gradient error": ("err_weight", ".1e")}
 HEADLINE[""] = HEADLINE.pop("")  # notes stand last
 OTHER_CONTENTS = ("accuracy", "checks")
-APART = {"logprobs": ("logprobs",), "lazy": LOGITS_TASKS}  # tables of tasks that are no race of the loss
-TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "lazy", "beaten", "accuracy", "checks")
+# Tables of tasks that are no race of the one loss.
+APART = {"logprobs": ("logprobs",), "lazy": LOGITS_TASKS, "objectives": OBJECTIVE_TASKS}
+TABLES = ("readme", "headline", "targets", "picture", "race", *APART, "beaten", "accuracy", "checks")
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
@@ -120,11 +121,10 @@ def shown_as(name: str, machine_class: str, found: Record) -> str:
             ours = members[members.provider == "ours"].median_ms
             members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
             table = tables.cells(members, README if name == "readme" else HEADLINE)
-        case "race" | "logprobs" | "lazy":  # every row of the record
+        case "race" | "logprobs" | "lazy" | "objectives":  # every row of the record
             members = tables.frame(row for row in found.rows if row.task in APART.get(name, ("loss",)))
-            parts = [
-                (title, tables.markdown(tables.cells(part, tables.RACE))) for title, part in tables.groups(members)
-            ]
+            columns = tables.RELEASED if name == "objectives" else tables.RACE
+            parts = [(title, tables.markdown(tables.cells(part, columns))) for title, part in tables.groups(members)]
             return "\n\n".join(f"**{title}**\n\n{part}" for title, part in parts)
         case "targets" if found.rows:  # what was promised beside what was measured, as factors: larger is better
             words = {None: "not measured", True: "yes", False: "no"}

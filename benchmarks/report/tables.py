@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.record import GROUP, AccuracyRow, Row
+from benchmarks.problems.objectives import AGAINST_REFERENCE
 from benchmarks.problems.providers import FLOOR, NAMES
 
 # Below these a difference is noise of the machine, not a property of a provider. docs/performance.md names them.
@@ -26,6 +27,10 @@ RACE = {
     "err dW": ("err_weight", ".1e"),
     "note": ("note", ""),
 }
+RELEASED = {name: RACE[name] for name in ("provider", "ms", "p20-p80", "x floor")} | {
+    "products": ("products", ".1f"),
+    **{name: RACE[name] for name in ("peak MiB", "err dH", "err dW", "note")},
+}
 
 
 def number(value: Any, form: str = ".0f") -> str:
@@ -41,6 +46,7 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     found = found.astype(dict.fromkeys(FLOATS, float))
     found["note"] = (found.status + ": " + found.reason).where(found.status != "ok", "")
     found["spread"] = [f"{number(a)}-{number(b)}" if a == a else "-" for a, b in found[["p20_ms", "p80_ms"]].values]
+    found["products"] = [figures.get("products") for figures in found.figures]
     found["rank"] = [NAMES.index(name) if name in NAMES else len(NAMES) for name in found.provider]
     return found.sort_values([*GROUP, "median_ms", "rank"], na_position="last", kind="stable")
 
@@ -70,6 +76,7 @@ def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def title(row: Any) -> str:
     task = {"loss": "", "logprobs": "log-probabilities, "}.get(row["task"], f"{row['task']}, ")
+    task += "a reference's forward within, " if row["task"] in AGAINST_REFERENCE else ""
     case, batch, states, head, dtype, phase, *_ = (row[name] for name in GROUP)
     return f"{task}{case}, {batch}, {dtype}, head {head}, {phase}, {states} states"
 

@@ -32,7 +32,7 @@ TINY_CAPPED = Case("tiny-capped", 32, 299, softcap=30.0)
 FEW = Batch("few", (Pair(5, 9, 7), Pair(3, 11, 13)), 16)
 ASKED = Row("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
 # The others compute everything everywhere. Liger has the loss alone and no softcap.
-MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "trl_fused", "torch_lce", "ours_triton"}
+MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "trl_fused", "trl", "torch_lce", "ours_triton"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -79,8 +79,8 @@ def test_the_backend_left_out_is_what_auto_takes() -> None:
 
 
 def test_a_wrong_gradient_is_reported_as_wrong() -> None:
-    def build(problem):  # type: ignore[no-untyped-def]
-        step = PROVIDERS["naive"].build(problem, "loss")
+    def build(problem, task):  # type: ignore[no-untyped-def]
+        step = PROVIDERS["naive"].build(problem, task)
         return lambda: 1.01 * step()
 
     problem = make_problem(TINY, FEW, STATES["trained-like"], "float32", "trainable", CPU)
