@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.record import GROUP, AccuracyRow, Row
-from benchmarks.problems.objectives import AGAINST_REFERENCE
+from benchmarks.problems.objectives import AGAINST_REFERENCE, OBJECTIVES
 from benchmarks.problems.providers import FLOOR, NAMES
 
 # Below these a difference is noise of the machine, not a property of a provider. docs/performance.md names them.
@@ -66,6 +66,25 @@ def markdown(table: pd.DataFrame) -> str:
 def text(table: pd.DataFrame) -> str:
     """For a terminal."""
     return str(table.to_string(index=False, float_format="{:.3g}".format)) if len(table) else "nothing"
+
+
+def costs(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line for each loss: our time and memory, and of the others how many times as long and their memory. Compared
+    are times over the floor, so that the speed of the machine, which varies, is in none of it."""
+    lines: dict[str, dict[str, str]] = {}
+    for _, members in groups(frame(rows)):
+        fine = members[members.peak_mib.notna()].set_index("provider")
+        if "ours" not in fine.index:
+            continue
+        name = type(OBJECTIVES[members.task.iloc[0]]).__name__
+        mine, line = fine.loc["ours"], lines.setdefault(f"[{name}](#{name.lower()})", {})
+        line["ours"] = f"{number(mine.median_ms)} ms, {number(mine.peak_mib)} MiB"
+        for name, package in (("naive", "torch"), ("trl", "TRL"), ("liger", "Liger"), ("liger_eager", "Liger")):
+            if name in fine.index:
+                other = fine.loc[name]
+                said = f"x {number(other.ratio / mine.ratio, '.1f')}, {number(other.peak_mib)} MiB"
+                line[f"{name} ({package} {other.provider_version})"] = said
+    return pd.DataFrame([{"loss": name, **line} for name, line in lines.items()]).fillna("-")
 
 
 def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
