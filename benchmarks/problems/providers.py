@@ -146,7 +146,7 @@ def _ours(name: str, backend: str, *, lean: bool = False) -> Provider:
         step = bound(preference_loss, problem, problem.labels, objective=objective, **options)
         if task not in AGAINST_REFERENCE:
             return lambda: step().loss
-        of_reference = torch.no_grad()(logprobs(problem.of_reference()))
+        of_reference = torch.no_grad()(bound(linear_logprobs, problem.of_reference(), problem.labels))
         return lambda: step(reference_logps=of_reference().sum(-1)).loss
 
     return Provider(name, "orpo_kernels", logprobs, loss)
