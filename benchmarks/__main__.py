@@ -72,7 +72,7 @@ def loss(
     batches = batches or [name for name in fitting(BATCHES, device) if not name.startswith("length-")]
     names = providers or default_names(device, task)
     kinds = heads or HEADS[:1], dtypes or DTYPES[:1]
-    wanted = sections.rows(cases, batches, *kinds, names, states=states, phases=phases, task=task)
+    wanted = sections.rows(cases, batches, *kinds, names, states=states, phases=phases, tasks=[task])
     rows = race.run(wanted, device, repeats=repeats, seconds=seconds, keep=_keeper(path, device))
     tables.print_rows(rows)
     if picture:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import accuracy
 from benchmarks.accuracy import relative_error
@@ -16,13 +17,12 @@ from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
 from benchmarks.harness.record import Keep, Record, Row, merged
-from benchmarks.problems.cases import BATCHES, BETA
-from benchmarks.problems.chains import CHAINS
+from benchmarks.problems.cases import IGNORE, OBJECTIVE_TASKS
 from benchmarks.problems.floor import build_floor
 from benchmarks.problems.inputs import Problem, problem_of
-from benchmarks.problems.providers import FLOOR, NAIVE, PROVIDERS, Provider, objective
+from benchmarks.problems.objectives import AGAINST_REFERENCE, posed
+from benchmarks.problems.providers import FLOOR, NAIVE, PROVIDERS, Provider
 from benchmarks.problems.sections import sections
-from orpo_kernels import reference
 
 RESULTS = Path(__file__).parent / "results"
 ACCURACY = "accuracy"
@@ -70,10 +70,11 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
         if row.status != "ok":
             return row
         torch.compiler.reset()  # or the sample's shapes would turn what is timed into a dynamic-shape kernel
-    problem = problem_of(row, device)
-    row = row.with_(status="ok", targets=BATCHES[row.batch].targets, positions=problem.labels.numel())
+    problem = posed(problem_of(row, device), row.task)
+    targets, forwards = int((problem.targets != IGNORE).sum()), 1 + (row.task in AGAINST_REFERENCE)
+    row = row.with_(status="ok", targets=targets, positions=problem.labels.numel())
     if provider is None:  # the floor as an entry of its own: its calls are their own yardstick
-        cut, floor = build_floor(problem, row.phase)
+        cut, floor = build_floor(problem, row.phase, forwards)
         (times,) = in_turn([floor], device, repeats=repeats, least=MIN_REPEATS, seconds=seconds)
         return row.with_(cut=cut, **summary(times, times))
     step = provider.build(problem, row.task)
@@ -93,27 +94,28 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
     first: list[Callable[[], float]] = []
     peak = peak_of(lambda: first.append(timed(call, device)), device)
     returned = sum(grad.numel() * grad.element_size() for grad in problem.gradients().values()) / MIB
+    if row.task in OBJECTIVE_TASKS and device.type == "cpu":  # where every product is one of torch's
+        row = row.with_(figures={"products": _products(call) / (2 * targets * problem.weight.numel())})
     problem.clear_gradients()
-    cut, floor = build_floor(problem, row.phase)
+    cut, floor = build_floor(problem, row.phase, forwards)
     times, floors = in_turn([call, floor], device, repeats=repeats - 1, least=MIN_REPEATS - 1, seconds=seconds)
     row = row.with_(cut=cut, **summary([first[0](), *times], floors))
     return row.with_(loss=losses[-1], peak_mib=max(peak.beyond_mib - returned, 0.0), peak_rss_mib=peak.absolute_mib)
 
 
+def _products(call: Callable[[], None]) -> int:
+    """The operations of a call's products; torch does not count those that add in place."""
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # of shapes
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
 def check(provider: Provider, row: Row, sample: Problem) -> Row:
     """Errors of the provider and of the naive implementation on the sample; "wrong" beyond 20 times the latter."""
+    sample = posed(sample, row.task)
     exact = sample.double()
-    inputs, softcap = (exact.hidden, exact.weight), exact.softcap
-
-    def truth() -> torch.Tensor:
-        if row.task in CHAINS:
-            return NAIVE.build(exact, row.task)()
-        if row.task != "loss":
-            return objective(exact, row.task)(reference.linear_logprobs(*inputs, exact.targets, softcap=softcap))
-        more: dict[str, Any] = {"nll_labels": exact.nll_labels, "beta": BETA, "softcap": softcap}
-        return reference.orpo_loss(*inputs, exact.labels, **more)["loss"]
-
-    true = _outputs(exact, truth)
+    true = _outputs(exact, NAIVE.build(exact, row.task))
 
     def errors(of: Provider) -> dict[str, float]:
         found = _outputs(sample, of.build(sample, row.task))

@@ -4,6 +4,8 @@ In the formulas w and l are the sums of the log-probabilities of the chosen and 
 means, a = w - w_ref and b = l - l_ref the log-ratios to a reference model, whose sums are ``reference_logps``,
 d = a - b, LS = logsigmoid and s = sigmoid. Every loss is that of one pair; what trains is its mean over pairs, beside
 ``nll_weight`` times the NLL of the chosen side.
+
+docs/objectives.md is made of the docstrings here: first the formula, then a paragraph "When:", last one "Source:".
 """
 
 from __future__ import annotations
@@ -106,13 +108,16 @@ class _AgainstReference(_Checked):
 
 @dataclass(frozen=True)
 class ORPO(_OfMeans):
-    """``beta * softplus(-log_odds)`` of the mean log-probabilities, beside the NLL.
+    """``-beta LS(o_w - o_l)`` with the log odds ``o = x' - log(1 - exp(x'))`` of the means, beside the NLL.
 
-    Source: arXiv 2403.07691, equations 6 and 7 (beta is its lambda). Derivatives in closed form, with p = exp(l) and
-    o = p / (1 - p):
+    When: one run takes a base model to the answers and to the preference at once, without a reference model.
 
-        d/dl_w = -beta * o_l / (o_l (1 - p_w) + p_w)         finite for every p_w
-        d/dl_l =  beta * sigmoid(-log_odds) / (1 - p_l)      bounded by l_l <= -1e-6
+    Derivatives in closed form, with p = exp(x'), q = p / (1 - p), and l' at or below -1e-6:
+
+        d/dw' = -beta q_l / (q_l (1 - p_w) + p_w)     finite for every p_w
+        d/dl' =  beta s(o_l - o_w) / (1 - p_l)        bounded, since l' is
+
+    Source: arXiv 2403.07691, equations 6 and 7, where beta is lambda.
     """
 
     beta: float = 0.1
@@ -143,9 +148,11 @@ class ORPO(_OfMeans):
 
 @dataclass(frozen=True)
 class ProbabilityRatio(_OfMeans):
-    """``-beta * LS(w' - l')``, beside the NLL: ORPO with the ratio of probabilities in place of their odds'.
+    """``-beta LS(w' - l')``, beside the NLL: ORPO with the ratio of probabilities in place of their odds'.
 
-    Source: arXiv 2403.07691, where it is the ablation: it presses harder on the rejected side.
+    When: the paper's ablation is to be repeated; it presses harder on the rejected side than ORPO.
+
+    Source: arXiv 2403.07691, section 7.
     """
 
     beta: float = 0.1
@@ -158,7 +165,11 @@ class ProbabilityRatio(_OfMeans):
 
 @dataclass(frozen=True)
 class SimPO(_OfMeans):
-    """``-logsigmoid(beta * (l_w - l_l) - gamma)`` of the mean log-probabilities, without a reference model.
+    """``-LS(beta (w' - l') - gamma)``, without a reference model.
+
+    When: a tuned model is to rank answers of different lengths fairly, at the memory of one model.
+
+    No NLL holds the model: give an ``nll_weight`` where it drifts.
 
     Source: arXiv 2405.14734, equation 6; gamma is the target margin itself, not its ratio to beta.
     """
@@ -175,7 +186,10 @@ class SimPO(_OfMeans):
 class AlphaPO(_Checked):
     """``-LS(beta (r_w - r_l) - gamma)`` with ``r = (1 - exp(-alpha x')) / alpha`` of the mean log-probabilities x'.
 
-    ``alpha = 0`` is SimPO. Where ``-alpha x'`` passes 40 the reward goes on along its tangent, which stays finite.
+    When: SimPO fits, but lowers the chosen answers too; a positive alpha makes unlikely answers count more than likely
+    ones, a negative one less. ``alpha = 0`` is SimPO.
+
+    Where ``-alpha x'`` passes 40 the reward goes on along its tangent, which stays finite.
 
     Source: arXiv 2501.03884; gamma is the target margin itself, not its ratio to beta.
     """
@@ -197,6 +211,8 @@ class AlphaPO(_Checked):
 @dataclass(frozen=True)
 class DPO(_AgainstReference):
     """``-(1 - e) LS(beta d) - e LS(-beta d)``, with e the label smoothing; needs ``reference_logps``.
+
+    When: a tuned model is at hand as the reference and is not to be left far behind: the usual choice against one.
 
     ``robust`` divides the same with a minus before its second term by ``1 - 2 e``, an unbiased estimate where the share
     e of the labels is flipped. An ``nll_weight`` is RPO's, whose paper takes ``nll_reduction="sequence"``.
@@ -234,6 +250,8 @@ class DPO(_AgainstReference):
 class IPO(_AgainstReference):
     """``(a / n_w - b / n_l - 1 / (2 beta))^2``, n the tokens of an answer; needs ``reference_logps``.
 
+    When: labels are clean and DPO overfits them: the margin has a goal, and more than that is punished.
+
     Source: arXiv 2310.12036, equation 17, where beta is tau; per token, as TRL has it in agreement with its authors.
     """
 
@@ -251,6 +269,8 @@ class IPO(_AgainstReference):
 class SLiC(_AgainstReference):
     """``relu(1 - beta d)``, the hinge of SLiC on DPO's margin; needs ``reference_logps``.
 
+    When: a pair that is apart already is to train nothing any more.
+
     Source: arXiv 2305.10425 by way of arXiv 2309.06657, which normalises it by a reference.
     """
 
@@ -266,6 +286,8 @@ class SLiC(_AgainstReference):
 class NCA(_AgainstReference):
     """``-LS(beta a) - 0.5 LS(-beta a) - 0.5 LS(-beta b)``; needs ``reference_logps``.
 
+    When: the chosen answer's own probability is to stay, which DPO lets fall as long as the rejected one's falls more.
+
     Source: arXiv 2402.05369, for two answers, of which one has the reward 1.
     """
 
@@ -280,6 +302,8 @@ class NCA(_AgainstReference):
 @dataclass(frozen=True)
 class SPPO(_AgainstReference):
     """``0.5 [(a - (P - 0.5) / beta)^2 + (b - (0.5 - P) / beta)^2]``; needs ``reference_logps``.
+
+    When: a preference model says how likely an answer is to win, as in rounds of self-play.
 
     P is the probability that the chosen answer wins, from ``margins``; without them the label is believed, P = 1. Twice
     this is TRL's ``sppo_hard``.
@@ -301,6 +325,8 @@ class SPPO(_AgainstReference):
 @dataclass(frozen=True)
 class APO(_AgainstReference):
     """Anchored losses, which move each answer by its own probability; needs ``reference_logps``.
+
+    When: it is known whether the chosen answers are better than the model's own ("zero") or worse ("down").
 
         "zero"  1 - s(beta a) + s(beta b)   raises the chosen, lowers the rejected answer
         "down"  s(beta a) + 1 - s(beta d)   lowers both, the rejected one more: where the model is better than its data
@@ -330,6 +356,8 @@ class APO(_AgainstReference):
 class MMPO(_AgainstReference):
     """``-p LS(beta d) - (1 - p) LS(-beta d)`` with ``p = s(gamma m)``; needs ``reference_logps`` and ``margins``.
 
+    When: answers have scores, so that it is known how much better the chosen one is.
+
     m is the chosen answer's score less the rejected one's, in ``margins``.
 
     Source: arXiv 2410.03145, "Margin Matching Preference Optimization".
@@ -354,6 +382,8 @@ class MMPO(_AgainstReference):
 @dataclass(frozen=True)
 class KTO(_AgainstReference):
     """A gain for each desirable answer and a loss for each undesirable one, against a baseline that has no gradient.
+
+    When: answers are marked good or bad and have no partner.
 
         desirable     desirable_weight   * (1 - s(beta (a - z)))
         undesirable   undesirable_weight * (1 - s(beta (z - b)))         z = max(0, mean log-ratio of other answers)
@@ -408,6 +438,8 @@ class KTO(_AgainstReference):
 class ASFT(_Checked):
     """``weight [-LS(o_w) - LS(-o_l)]`` with the log odds ``o = x' - log(1 - exp(x'))`` of the means, beside the NLL.
 
+    When: as ORPO, in one run without a reference, with each answer moved by its own odds and not by the pair's.
+
     The sigmoid of log odds is the probability itself, so this is ``weight [-w' - log(1 - exp(l'))]``, in which nothing
     cancels; l' is held at or below -1e-6 as in ``ORPO``, with the derivative of the bound beyond it.
 
@@ -429,9 +461,13 @@ class ASFT(_Checked):
 
 @dataclass(frozen=True)
 class SFT:
-    """The NLL of the chosen side alone; the rejected answers are measured, and train nothing.
+    """``0``, beside the NLL of the chosen side; the rejected answers are measured, and train nothing.
+
+    When: a baseline on the same pairs, or plain fine-tuning.
 
     Pass labels that ignore the rejected half where its log-probabilities are of no use: it then costs nothing.
+
+    Source: the cross-entropy of the chosen answers.
     """
 
     nll_weight: ClassVar[float] = 1.0
@@ -444,18 +480,23 @@ class SFT:
 
 @dataclass(frozen=True)
 class CPO(_Checked):
-    """TRL's losses over pairs without a reference model, beside the NLL of the answers, under its names.
+    """``-(1 - e) LS(beta (w - l)) - e LS(beta (l - w))``, beside the NLL of the answers; e is the label smoothing.
 
-    With l the log-probability of an answer, r = l or, under an ``alpha`` that is not 0 (AlphaPO, arXiv 2501.03884),
-    r = (1 - exp(-alpha l)) / alpha, s the label smoothing and d = r_w - r_l:
+    When: a tuned model learns from answers of close quality at the memory of one model, and the NLL holds it.
 
-        "sigmoid"  l is the sum     -(1 - s) logsigmoid(beta d) - s logsigmoid(-beta d)   arXiv 2401.08417, equation 3
-        "simpo"    l is the mean    the same of beta d - gamma                            arXiv 2405.14734, equation 6
-        "hinge"    l is the sum     relu(1 - beta d)                                      arXiv 2305.10425
-        "ipo"      l is the mean    (d - 1 / (2 beta))^2                                  arXiv 2310.12036, equation 17
+    ``loss_type`` names all of TRL's losses over pairs without a reference model. With l the log-probability of an
+    answer, r = l or, under an ``alpha`` that is not 0 (AlphaPO, arXiv 2501.03884), r = (1 - exp(-alpha l)) / alpha, and
+    d = r_w - r_l:
+
+        "sigmoid"  l is the sum     -(1 - e) LS(beta d) - e LS(-beta d)    arXiv 2401.08417, equation 3
+        "simpo"    l is the mean    the same of beta d - gamma             arXiv 2405.14734, equation 6
+        "hinge"    l is the sum     relu(1 - beta d)                       arXiv 2305.10425
+        "ipo"      l is the mean    (d - 1 / (2 beta))^2                   arXiv 2310.12036, equation 17
 
     ``gamma`` is TRL's ``simpo_gamma`` and is read by "simpo" alone, ``label_smoothing`` by "sigmoid" and "simpo", and
     ``nll_weight`` is TRL's ``cpo_alpha``.
+
+    Source: arXiv 2401.08417; those of the other forms stand beside them.
     """
 
     beta: float = 0.1

@@ -8,7 +8,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 HEADS = ("trainable", "frozen")
 PHASES = ("forward", "full")
 LOGITS_TASKS = ("sft", "dpo", "grpo", "kto", "factory-orpo")  # losses that read logits, see chains.py
-TASKS = ("loss", "logprobs", *LOGITS_TASKS)  # the ORPO loss, log-probabilities under a random upstream gradient
+# Losses over pairs, or over answers, that Liger and TRL released too, see objectives.py.
+OBJECTIVE_TASKS = ("objective-orpo", "objective-cpo", "objective-simpo", "objective-dpo", "objective-kto")
+# The ORPO loss, log-probabilities under a random upstream gradient, and those two families.
+TASKS = ("loss", "logprobs", *LOGITS_TASKS, *OBJECTIVE_TASKS)
 
 BETA = 0.1
 IGNORE = -100

@@ -17,7 +17,7 @@ Chain = Callable[[Tensor, Problem], Tensor]
 TEMPERATURE = 0.9
 
 
-def _float32(logits: Tensor) -> Tensor:
+def float32(logits: Tensor) -> Tensor:
     """As every one of these libraries casts them; the truth stays in float64."""
     return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
@@ -40,7 +40,7 @@ def _selected(logits: Tensor, index: Tensor) -> Tensor:
 
 def sft(logits: Tensor, problem: Problem) -> Tensor:
     """transformers' causal loss, and the accuracy that trainers log."""
-    logits = _float32(logits)
+    logits = float32(logits)
     loss = F.cross_entropy(logits.view(-1, logits.size(-1)), problem.targets.view(-1), ignore_index=IGNORE)
     with torch.no_grad():
         (logits.argmax(-1) == problem.targets).float().mean()
@@ -49,7 +49,7 @@ def sft(logits: Tensor, problem: Problem) -> Tensor:
 
 def dpo(logits: Tensor, problem: Problem) -> Tensor:
     """DPO of TRL up to 0.15 and of LLaMA-Factory, with a reference that is 0, and its means of logits."""
-    logits = _float32(logits)
+    logits = float32(logits)
     chosen, rejected = _batch_logps(logits, problem.labels)[0].chunk(2)
     for side in logits.detach().chunk(2):
         side.mean()
@@ -72,7 +72,7 @@ def grpo(logits: Tensor, problem: Problem) -> Tensor:
 
 def kto(logits: Tensor, problem: Problem) -> Tensor:
     """KTO with a reference and a KL estimate of 0, and its sums of logits."""
-    logits = _float32(logits)
+    logits = float32(logits)
     chosen, rejected = _batch_logps(logits, problem.labels)[0].chunk(2)
     for side in logits.detach().chunk(2):
         side.nansum()
@@ -81,7 +81,7 @@ def kto(logits: Tensor, problem: Problem) -> Tensor:
 
 def factory_orpo(logits: Tensor, problem: Problem) -> Tensor:
     """LLaMA-Factory's ORPO: means of answers alone, and means of logits with their gradient."""
-    logits = _float32(logits)
+    logits = float32(logits)
     sums, lengths = _batch_logps(logits, problem.labels)
     chosen, rejected = (sums / lengths).chunk(2)
     for side in logits.split(len(chosen)):

@@ -22,8 +22,9 @@ WHOLE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # of logits that are not cut at
 Step = Callable[[], None]
 
 
-def cuts(problem: Problem, phase: str) -> Iterator[tuple[str, Step]]:
-    """Every cut of the products, by name. Each is built, with its buffers, when it is asked for."""
+def cuts(problem: Problem, phase: str, forwards: int = 1) -> Iterator[tuple[str, Step]]:
+    """Every cut of the products, by name. Each is built, with its buffers, when it is asked for. ``forwards``: how many
+    models are asked for logits, the one that trains and perhaps a reference."""
     rows, weight = problem.target_rows().detach(), problem.weight.detach()
     n, vocab, device = rows.shape[0], weight.shape[0], rows.device.type
     products = 1 if phase == "forward" else 3 if problem.weight.requires_grad else 2
@@ -32,24 +33,26 @@ def cuts(problem: Problem, phase: str) -> Iterator[tuple[str, Step]]:
     if n <= min(ROWS[device]) or n * vocab * rows.element_size() <= WHOLE_BYTES[device]:
         sizes.append(("whole", n, vocab))
     for name, chunk, tokens in sizes:
-        yield name, _step(rows, weight, products, chunk, tokens, transposed=products == 3)
+        yield name, _step(rows, weight, products, forwards, chunk, tokens, transposed=products == 3)
         if products == 3:
-            yield f"{name}, z by columns", _step(rows, weight, products, chunk, tokens, transposed=False)
+            yield f"{name}, z by columns", _step(rows, weight, products, forwards, chunk, tokens, transposed=False)
 
 
-def build_floor(problem: Problem, phase: str) -> tuple[str, Step]:
+def build_floor(problem: Problem, phase: str, forwards: int = 1) -> tuple[str, Step]:
     """The fastest cut and its name; of the others no buffer is kept."""
     best: tuple[float, str, Step] = (float("inf"), "", lambda: None)
     if not len(problem.target_rows()):
         raise ValueError(f"a floor needs a target, got labels {tuple(problem.targets.shape)} without one")
-    for name, step in cuts(problem, phase):
+    for name, step in cuts(problem, phase, forwards):
         (times,) = in_turn([step], problem.device, repeats=2, warm_up=1)
         if min(times) < best[0]:
             best = (min(times), name, step)
     return best[1:]
 
 
-def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int, *, transposed: bool) -> Step:
+def _step(
+    rows: Tensor, weight: Tensor, products: int, forwards: int, chunk: int, tokens: int, *, transposed: bool
+) -> Step:
     """``z = h W^T``, ``dh = z W`` and ``dw = z^T h``, the first one, two or all three, per chunk and slice. It is a
     floor, not a rival: nothing is allocated or accumulated within, and ``transposed`` gives dw a factor of its own,
     since no implementation has both layouts for nothing, but one may have either."""
@@ -62,7 +65,8 @@ def _step(rows: Tensor, weight: Tensor, products: int, chunk: int, tokens: int, 
             for w, grad_w in zip(weight.split(tokens), grad_weight.split(tokens), strict=True):
                 count, width = h.shape[0], w.shape[0]
                 z = logits[: count * width].view(count, width)
-                torch.mm(h, w.T, out=z)
+                for _ in range(forwards):
+                    torch.mm(h, w.T, out=z)
                 if products > 1:
                     torch.mm(z, w, out=grad_h)
                 if products > 2:

@@ -6,26 +6,26 @@ does that instead. A library that takes flat rows gets the target rows alone, it
 write; one that takes the padded batch (Liger, the naive way of Hugging Face models) gets that.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.measure import UnsupportedError
-from benchmarks.problems.cases import BETA, IGNORE
+from benchmarks.problems.cases import BETA, IGNORE, OBJECTIVE_TASKS
 from benchmarks.problems.chains import CHAINS
 from benchmarks.problems.floor import ROWS
 from benchmarks.problems.inputs import Problem
-from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
+from benchmarks.problems.objectives import AGAINST_REFERENCE, OBJECTIVES, compose
+from benchmarks.problems.released import Step, cce, liger, stock, trl, trl_fused
+from orpo_kernels import explain, linear_logprobs, orpo_loss, preference_loss, reference
 from orpo_kernels.integrations import fuse
+from orpo_kernels.objectives import KTO, ORPO
 
-Step = Callable[[], Tensor]  # one forward
 Build = Callable[[Problem], Step]
 
 
@@ -36,7 +36,7 @@ class Provider:
     name: str
     package: str  # whose version is recorded
     logprobs: Build | None
-    loss: Build | None = None
+    loss: Callable[[Problem, str], Step] | None = None  # of a task of OBJECTIVES
     logits: Build | None = None  # what a model returns, for losses that read it
 
     def build(self, problem: Problem, task: str) -> Step:
@@ -46,49 +46,30 @@ class Provider:
                 raise UnsupportedError(f"{self.name} gives no logits for a loss to read")
             logits, chain = self.logits(problem), CHAINS[task]
             return lambda: chain(logits(), problem)
-        if task == "loss" and self.loss is not None:
-            return self.loss(problem)
+        if task in OBJECTIVES and self.loss is not None:
+            return self.loss(problem, task)
         if self.logprobs is None:
             raise UnsupportedError(f"{self.name} computes the loss at once and gives no log-probabilities")
         logprobs, scalar = self.logprobs(problem), objective(problem, task)
-        return lambda: scalar(logprobs())
+        if task not in AGAINST_REFERENCE:
+            return lambda: scalar(logprobs())
+        of_reference = torch.no_grad()(self.logprobs(problem.of_reference()))
+        return lambda: scalar(logprobs(), of_reference())
 
 
-def objective(problem: Problem, task: str) -> Callable[[Tensor], Tensor]:
-    """From log-probabilities, padded or of the target positions alone, to the task's scalar."""
+def objective(problem: Problem, task: str) -> Callable[..., Tensor]:
+    """From log-probabilities, padded or of the target positions alone, to the task's scalar; the reference model's
+    follow the policy's where the task has one."""
     scored = problem.targets != IGNORE
     upstream = problem.upstream()
     if task == "logprobs":
         flat = upstream[scored]
         return lambda logps: (logps * (flat if logps.dim() == 1 else upstream)).sum()
 
-    def loss(logps: Tensor) -> Tensor:
-        if logps.dim() == 1:
-            logps = logps.new_zeros(scored.shape).masked_scatter(scored, logps)
-        return compose(logps, problem)
+    def padded(logps: Tensor) -> Tensor:
+        return logps if logps.dim() > 1 else logps.new_zeros(scored.shape).masked_scatter(scored, logps)
 
-    return loss
-
-
-def compose(logps: Tensor, problem: Problem) -> Tensor:
-    """The loss from log-probabilities ``[2P, T]`` of ``problem.targets``: what the user of a fused head writes."""
-    in_answer, in_nll = problem.labels != IGNORE, problem.nll_labels != IGNORE
-    means = torch.where(in_answer, logps, 0.0).sum(-1) / in_answer.sum(-1)
-    nll = -torch.where(in_nll, logps, 0.0).sum() / in_nll.sum()
-    chosen, rejected = means.chunk(2)
-    log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
-    return nll - BETA * F.logsigmoid(log_odds).mean()
-
-
-def _stock(problem: Problem) -> Step:
-    """A model's last lines: the head, and a softcap where it has one."""
-    cap = problem.softcap
-
-    def logits() -> Tensor:
-        out = F.linear(problem.hidden, problem.weight)
-        return out if cap is None else torch.tanh(out / cap) * cap
-
-    return logits
+    return lambda *logps: compose(task, problem, *map(padded, logps))
 
 
 def _lazy(problem: Problem) -> Step:
@@ -125,54 +106,6 @@ def _compiled(problem: Problem) -> Step:
     return lambda: fast(problem.hidden, problem.weight, problem.targets)
 
 
-def _liger(problem: Problem, *, compiled: bool) -> Step:
-    """Liger's semantics are the reference's: nll_target sums over its chosen half and divides by that half's labels,
-    means of answers are per sequence, the odds term is a mean over pairs. One difference, not seen here: it divides by
-    an empty answer's count without a guard."""
-    if problem.softcap is not None:
-        raise UnsupportedError("LigerFusedLinearORPOLoss has no softcap")
-    loss = _import("liger_kernel.chunked_loss").LigerFusedLinearORPOLoss(beta=BETA, compiled=compiled)
-    inputs = problem.weight, problem.hidden, problem.labels, None, problem.nll_labels
-    return lambda: cast(Tensor, loss(*inputs)[0])
-
-
-def _cce(problem: Problem, *, impl: str) -> Step:
-    if problem.device.type == "cpu":
-        raise UnsupportedError(
-            "cut-cross-entropy's kernels need a GPU; its CPU path is torch.compile of the plain loss"
-        )
-    nll = _import("cut_cross_entropy").linear_cross_entropy
-    inputs = problem.hidden, problem.weight, problem.targets
-    options = {"softcap": problem.softcap, "ignore_index": IGNORE, "reduction": "none", "impl": impl}
-    return lambda: -nll(*inputs, **options).float()
-
-
-class _HeadOnly(nn.Module):
-    """As much of a causal language model as TRL's fused head asks for, around hidden states that are already there."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(final_logit_softcapping=problem.softcap)
-        self.config.get_text_config = lambda: self.config
-        self.head = SimpleNamespace(weight=problem.weight, bias=None)
-
-    def forward(self, **_: Any) -> None:
-        raise NotImplementedError("only the fused head is called")
-
-    def base_model(self, hidden: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=hidden)
-
-    def get_output_embeddings(self) -> SimpleNamespace:
-        return self.head
-
-
-def _trl_fused(problem: Problem) -> Step:
-    """TRL's fused head, as its own trainers add it. It compacts to the target rows on a GPU and not on a CPU."""
-    model: Any = _HeadOnly(problem)
-    _import("trl.trainer.utils").add_fused_lm_head(model)
-    return lambda: model(hidden=problem.hidden, shift_labels=problem.targets, fused_lm_head=True).log_probs
-
-
 def _torch_lce(problem: Problem) -> Step:
     """torch's chunked linear cross-entropy, unreduced, which takes a gradient per token."""
     if not hasattr(F, "linear_cross_entropy"):
@@ -187,7 +120,7 @@ def _torch_lce(problem: Problem) -> Step:
 
 
 def _ours(name: str, backend: str, *, lean: bool = False) -> Provider:
-    def bound(function: Callable[..., Any], problem: Problem, ids: Tensor, **options: Any) -> Callable[[], Any]:
+    def bound(function: Callable[..., Any], problem: Problem, ids: Tensor, **options: Any) -> Callable[..., Any]:
         inputs = problem.hidden, problem.weight, ids
         # On a CPU one byte holds no E, so the planner has to recompute it: the leanest plan, at one product more. On a
         # GPU slices of E are memory like any other, and 1 GiB is what they are promised to fit.
@@ -199,24 +132,27 @@ def _ours(name: str, backend: str, *, lean: bool = False) -> Provider:
             raise UnsupportedError(str(refusal)) from refusal
         return partial(function, *inputs, **options)
 
-    def loss(problem: Problem) -> Step:
-        step = bound(orpo_loss, problem, problem.labels, nll_labels=problem.nll_labels, beta=BETA)
-        return lambda: step().loss
+    def logprobs(problem: Problem) -> Step:
+        return bound(linear_logprobs, problem, problem.targets)
 
-    return Provider(name, "orpo_kernels", lambda problem: bound(linear_logprobs, problem, problem.targets), loss)
+    def loss(problem: Problem, task: str) -> Step:
+        objective = OBJECTIVES[task]
+        if task == "loss":
+            step = bound(orpo_loss, problem, problem.labels, nll_labels=problem.nll_labels, beta=BETA)
+            return lambda: step().loss
+        if isinstance(objective, KTO):  # of answers that have no partner, so of log-probabilities
+            return Provider(name, "orpo_kernels", logprobs).build(problem, task)
+        options = {"nll_labels": problem.nll_labels} if isinstance(objective, ORPO) else {}
+        step = bound(preference_loss, problem, problem.labels, objective=objective, **options)
+        if task not in AGAINST_REFERENCE:
+            return lambda: step().loss
+        of_reference = torch.no_grad()(bound(linear_logprobs, problem.of_reference(), problem.labels))
+        return lambda: step(reference_logps=of_reference().sum(-1)).loss
+
+    return Provider(name, "orpo_kernels", logprobs, loss)
 
 
-def _import(module: str) -> ModuleType:
-    """An optional competitor's module. Its absence is a reason; an error inside it is not."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        if missing.name is None or module.split(".")[0] != missing.name.split(".")[0]:
-            raise
-        raise UnsupportedError(f"{missing.name} is not installed") from missing
-
-
-NAIVE = Provider("naive", "torch", _naive, logits=_stock)
+NAIVE = Provider("naive", "torch", _naive, logits=stock)
 BACKENDS = {"cpu": "torch", "cuda": "triton"}  # what "auto" takes there
 
 PROVIDERS: dict[str, Provider] = {
@@ -225,11 +161,12 @@ PROVIDERS: dict[str, Provider] = {
         NAIVE,
         Provider("naive_scored", "torch", _naive_scored),
         Provider("compiled", "torch", _compiled),
-        Provider("liger", "liger-kernel", None, partial(_liger, compiled=True)),
-        Provider("liger_eager", "liger-kernel", None, partial(_liger, compiled=False)),
-        Provider("cce", "cut-cross-entropy", partial(_cce, impl="cce_exact")),
-        Provider("cce_filtered", "cut-cross-entropy", partial(_cce, impl="cce")),
-        Provider("trl_fused", "trl", _trl_fused),
+        Provider("liger", "liger-kernel", None, partial(liger, compiled=True)),
+        Provider("liger_eager", "liger-kernel", None, partial(liger, compiled=False)),
+        Provider("cce", "cut-cross-entropy", partial(cce, impl="cce_exact")),
+        Provider("cce_filtered", "cut-cross-entropy", partial(cce, impl="cce")),
+        Provider("trl_fused", "trl", trl_fused),
+        Provider("trl", "trl", None, trl),
         Provider("torch_lce", "torch", _torch_lce),
         _ours("ours", "auto"),
         Provider("lazy", "orpo_kernels", None, logits=_lazy),
@@ -241,14 +178,15 @@ PROVIDERS: dict[str, Provider] = {
 FLOOR = "floor"  # a name beside the providers: the products alone, see floor.py
 NAMES: tuple[str, ...] = (FLOOR, *PROVIDERS)
 LOGPROBS = (FLOOR, "naive", "trl_fused", "cce", "torch_lce", "ours")  # one of each kind
-
-
 LOGITS = (FLOOR, "naive", "lazy")
+RELEASED = (FLOOR, "naive", "liger", "liger_eager", "trl", "ours")
 
 
 def default_names(device: str, task: str = "loss") -> tuple[str, ...]:
     """Of the loss all but the backend that "auto" takes on such a device anyway, which would be measured twice."""
     if task in CHAINS:
         return LOGITS
-    left_out = (f"ours_{BACKENDS[device]}", "lazy")
+    if task in OBJECTIVE_TASKS:
+        return RELEASED
+    left_out = (f"ours_{BACKENDS[device]}", "lazy", "trl")  # TRL's own is naive, with all that it logs
     return LOGPROBS if task == "logprobs" else tuple(name for name in NAMES if name not in left_out)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from benchmarks.harness.record import Row
-from benchmarks.problems.cases import HEADS, LENGTHS, LENGTHS_CPU, LOGITS_TASKS
-from benchmarks.problems.providers import FLOOR, LOGITS, default_names
+from benchmarks.problems.cases import HEADS, LENGTHS, LENGTHS_CPU, LOGITS_TASKS, OBJECTIVE_TASKS
+from benchmarks.problems.providers import FLOOR, LOGITS, RELEASED, default_names
 
 # A process each and a compilation each: their place among the others is in the sections of all providers, and four
 # lengths more would only repeat it. On a GPU compiling for every shape takes longer than all else, so they come last.
@@ -27,11 +27,11 @@ def rows(
     *,
     states: Iterable[str] = ("trained-like",),
     phases: Iterable[str] = ("full",),
-    task: str = "loss",
+    tasks: Iterable[str] = ("loss",),
 ) -> list[Row]:
     """Every combination; a group's providers run one after the other, and so see the same state of the machine."""
-    combinations = product(cases, batches, states, heads, dtypes, phases, providers)
-    return [Row(*combination, task=task) for combination in combinations]
+    combinations = list(product(cases, batches, states, heads, dtypes, phases, providers))
+    return [Row(*combination, task=task) for task in tasks for combination in combinations]
 
 
 def compared(device: str, *asked: Sequence[str] | None) -> list[Row]:
@@ -58,10 +58,9 @@ def sections(device: str) -> dict[str, list[Row]]:
             "mistral": rows(["mistral-7b"], GPU_BATCHES, HEADS, BF16, everyone),
             "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
             "lengths": rows(["llama3-8b"], lengths, TRAINABLE, BF16, _without_compiled(everyone)),
-            "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, task="logprobs"),
-            "lazy": [
-                row for task in LOGITS_TASKS for row in rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, LOGITS, task=task)
-            ],
+            "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, tasks=["logprobs"]),
+            "lazy": rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, LOGITS, tasks=LOGITS_TASKS),
+            "objectives": rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, RELEASED, tasks=OBJECTIVE_TASKS),
         }
     lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]
     return {
@@ -72,16 +71,13 @@ def sections(device: str) -> dict[str, list[Row]]:
         "small": rows(SMALL, QUARTER, HEADS, BOTH, everyone),
         "softcap": rows(["gemma-cpu"], QUARTER, TRAINABLE, BOTH, everyone),
         "lengths": rows(SMALL, lengths, TRAINABLE, BF16, _without_compiled(everyone)),
-        "logprobs": rows(SMALL, QUARTER, HEADS, BOTH, logprobs, task="logprobs"),
+        "logprobs": rows(SMALL, QUARTER, HEADS, BOTH, logprobs, tasks=["logprobs"]),
         "lazy": [
-            row
-            for task in LOGITS_TASKS
-            for row in (
-                *rows(SMALL, QUARTER, TRAINABLE, BOTH, LOGITS, task=task),
-                # Where the products are nothing, what is left is what laziness costs a step.
-                *rows(["tiny-cpu"], ["tiny-cpu"], TRAINABLE, F32, LOGITS[1:], task=task),
-            )
+            *rows(SMALL, QUARTER, TRAINABLE, BOTH, LOGITS, tasks=LOGITS_TASKS),
+            # Where the products are nothing, what is left is what laziness costs a step.
+            *rows(["tiny-cpu"], ["tiny-cpu"], TRAINABLE, F32, LOGITS[1:], tasks=LOGITS_TASKS),
         ],
+        "objectives": rows(SMALL, QUARTER, TRAINABLE, BF16, RELEASED, tasks=OBJECTIVE_TASKS),
     }
 
 

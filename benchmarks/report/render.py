@@ -3,12 +3,13 @@
 A document holds ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``; what is between them is written here. NAME
 is a table's, see ``TABLES``, with ``cpu-`` (as without) or ``gpu-`` before it: the newest record of that class of
 machine fills it, unless an older one says more (see ``newest``). A table that the record has nothing for stays as it
-is. ``compiled`` alone belongs to no machine.
+is. ``compiled`` and ``family`` alone belong to no machine.
 """
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,14 +19,14 @@ from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, Row
 from benchmarks.lab.compile import problem
-from benchmarks.problems.cases import LOGITS_TASKS
+from benchmarks.problems.cases import LOGITS_TASKS, OBJECTIVE_TASKS
 from benchmarks.problems.providers import FLOOR
 from benchmarks.problems.sections import sections
 from benchmarks.race import RESULTS
-from benchmarks.report import promises, tables
+from benchmarks.report import family, promises, tables
 from benchmarks.report.plots import plot
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "compiled.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "compiled", "objectives")))
 PICTURES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- benchmarks:([a-z0-9-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 HEADLINES = {"cpu": ("qwen2.5-0.5b-cpu", "ragged-cpu"), "gpu": ("llama3-8b", "ultrafeedback")}
@@ -40,8 +41,9 @@ README = {
 HEADLINE = {**README, "RSS MiB": ("peak_rss_mib", ".0f"), "gradient error": ("err_weight", ".1e")}
 HEADLINE[""] = HEADLINE.pop("")  # notes stand last
 OTHER_CONTENTS = ("accuracy", "checks")
-APART = {"logprobs": ("logprobs",), "lazy": LOGITS_TASKS}  # tables of tasks that are no race of the loss
-TABLES = ("readme", "headline", "targets", "picture", "race", "logprobs", "lazy", "beaten", "accuracy", "checks")
+# Tables of tasks that are no race of the one loss.
+APART = {"logprobs": ("logprobs",), "lazy": LOGITS_TASKS, "objectives": OBJECTIVE_TASKS}
+TABLES = ("readme", "headline", "targets", "picture", "race", *APART, "costs", "beaten", "accuracy", "checks")
 
 
 def newest() -> tuple[dict[str, tuple[Path, Record]], list[str]]:
@@ -80,15 +82,19 @@ def render(documents: Sequence[Path] = DOCUMENTS, pictures: Path = PICTURES, *, 
             differing.append(path)
             if write:
                 path.write_text(text)
-    for machine_class, (source, found) in records.items():
-        if machine_class not in HEADLINES:
-            continue
-        picture = pictures / f"{machine_class}.png"
-        digest = f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
-        if found.rows and _source_in(picture) != digest:
+    drawings: dict[str, tuple[str, Callable[[Path, str], None]]] = {}
+    for name in HEADLINES:
+        source, found = records.get(name, (Path(), Record()))
+        if found.rows:
+            digest = f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+            drawings[name] = digest, partial(plot, _pictured(found.rows))
+    if any(path.exists() and "benchmarks:family" in path.read_text() for path in documents):
+        drawings["objectives"] = family.digest(), family.draw
+    for name, (digest, draw) in drawings.items():
+        if _source_in(picture := pictures / f"{name}.png") != digest:
             differing.append(picture)
             if write:
-                plot(_pictured(found.rows), picture, digest)
+                draw(picture, digest)
     return differing
 
 
@@ -96,13 +102,14 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
     """The document with every marked place written anew; ValueError for a marker that names no table."""
 
     def table(match: re.Match[str]) -> str:
-        if match[2] == "compiled":
-            return f"{match[1]}{_compiled()}\n{match[3]}"
+        if match[2] in (of_none := {"compiled": _compiled, "family": family.page}):
+            return f"{match[1]}{of_none[match[2]]()}\n{match[3]}"
         full = match[2] if match[2].startswith(tuple(f"{kind}-" for kind in HEADLINES)) else f"cpu-{match[2]}"
         machine_class, _, name = full.partition("-")
         if name not in TABLES:
             raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
-        _, found = records.get(full) or records.get(machine_class) or (None, Record())
+        whole = full.replace("costs", "objectives")  # of which they are the sum
+        _, found = records.get(whole) or records.get(machine_class) or (None, Record())
         versions = ", ".join(sorted({row.torch for row in found.rows}))
         where = f"Recorded on {found.date} on {found.machine}, torch {versions}, commit {found.commit}.\n\n"
         shown = shown_as(name, machine_class, found)
@@ -120,12 +127,13 @@ def shown_as(name: str, machine_class: str, found: Record) -> str:
             ours = members[members.provider == "ours"].median_ms
             members["over_ours"] = members.median_ms / (ours.iloc[0] if len(ours) else float("nan"))
             table = tables.cells(members, README if name == "readme" else HEADLINE)
-        case "race" | "logprobs" | "lazy":  # every row of the record
+        case "race" | "logprobs" | "lazy" | "objectives":  # every row of the record
             members = tables.frame(row for row in found.rows if row.task in APART.get(name, ("loss",)))
-            parts = [
-                (title, tables.markdown(tables.cells(part, tables.RACE))) for title, part in tables.groups(members)
-            ]
+            columns = tables.RELEASED if name == "objectives" else tables.RACE
+            parts = [(title, tables.markdown(tables.cells(part, columns))) for title, part in tables.groups(members)]
             return "\n\n".join(f"**{title}**\n\n{part}" for title, part in parts)
+        case "costs":
+            table = tables.costs(row for row in found.rows if row.task in OBJECTIVE_TASKS)
         case "targets" if found.rows:  # what was promised beside what was measured, as factors: larger is better
             words = {None: "not measured", True: "yes", False: "no"}
             table = pd.DataFrame(promises.verdicts(machine_class, found)).replace({"holds": words})

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.record import GROUP, AccuracyRow, Row
+from benchmarks.problems.objectives import AGAINST_REFERENCE, OBJECTIVES
 from benchmarks.problems.providers import FLOOR, NAMES
 
 # Below these a difference is noise of the machine, not a property of a provider. docs/performance.md names them.
@@ -26,6 +27,10 @@ RACE = {
     "err dW": ("err_weight", ".1e"),
     "note": ("note", ""),
 }
+RELEASED = {name: RACE[name] for name in ("provider", "ms", "p20-p80", "x floor")} | {
+    "products": ("products", ".1f"),
+    **{name: RACE[name] for name in ("peak MiB", "err dH", "err dW", "note")},
+}
 
 
 def number(value: Any, form: str = ".0f") -> str:
@@ -41,6 +46,7 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     found = found.astype(dict.fromkeys(FLOATS, float))
     found["note"] = (found.status + ": " + found.reason).where(found.status != "ok", "")
     found["spread"] = [f"{number(a)}-{number(b)}" if a == a else "-" for a, b in found[["p20_ms", "p80_ms"]].values]
+    found["products"] = [figures.get("products") for figures in found.figures]
     found["rank"] = [NAMES.index(name) if name in NAMES else len(NAMES) for name in found.provider]
     return found.sort_values([*GROUP, "median_ms", "rank"], na_position="last", kind="stable")
 
@@ -62,6 +68,25 @@ def text(table: pd.DataFrame) -> str:
     return str(table.to_string(index=False, float_format="{:.3g}".format)) if len(table) else "nothing"
 
 
+def costs(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line for each loss: our time and memory, and of the others how many times as long and their memory. Compared
+    are times over the floor, so that the speed of the machine, which varies, is in none of it."""
+    lines: dict[str, dict[str, str]] = {}
+    for _, members in groups(frame(rows)):
+        fine = members[members.peak_mib.notna()].set_index("provider")
+        if "ours" not in fine.index:
+            continue
+        name = type(OBJECTIVES[members.task.iloc[0]]).__name__
+        mine, line = fine.loc["ours"], lines.setdefault(f"[{name}](#{name.lower()})", {})
+        line["ours"] = f"{number(mine.median_ms)} ms, {number(mine.peak_mib)} MiB"
+        for name, package in (("naive", "torch"), ("trl", "TRL"), ("liger", "Liger"), ("liger_eager", "Liger")):
+            if name in fine.index:
+                other = fine.loc[name]
+                said = f"x {number(other.ratio / mine.ratio, '.1f')}, {number(other.peak_mib)} MiB"
+                line[f"{name} ({package} {other.provider_version})"] = said
+    return pd.DataFrame([{"loss": name, **line} for name, line in lines.items()]).fillna("-")
+
+
 def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each group's title and rows."""
     for _, members in found.groupby(list(GROUP), sort=False):
@@ -70,6 +95,7 @@ def groups(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def title(row: Any) -> str:
     task = {"loss": "", "logprobs": "log-probabilities, "}.get(row["task"], f"{row['task']}, ")
+    task += "a reference's forward within, " if row["task"] in AGAINST_REFERENCE else ""
     case, batch, states, head, dtype, phase, *_ = (row[name] for name in GROUP)
     return f"{task}{case}, {batch}, {dtype}, head {head}, {phase}, {states} states"
 
