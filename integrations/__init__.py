@@ -172,12 +172,17 @@ def patch_trl(
         ImportError: trl is missing or has neither trainer in a form this package knows; the message says what would
             help.
         TypeError: objective is not one.
-        ValueError: no such backend, or no such number of bytes.
+        ValueError: an objective without pairs, no such backend, or no such number of bytes.
     """
     if objective is not None:
         from orpo_kernels.pairs import check_objective
 
         check_objective(objective)
+        if not getattr(objective, "paired", True):
+            raise ValueError(
+                f"{objective!r} trains sequences without partners, and these trainers have pairs: take "
+                "objectives.SFT() on the pairs, or TRL's SFTTrainer under lazy logits"
+            )
     known = _patches_of_trl()
     for trainer, patch in known.items():
         if isinstance(patch, ImportError):

@@ -121,6 +121,26 @@ def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         )
 
 
+def check_answer_weights(weights: Tensor | None, labels: Tensor) -> None:
+    """A floating-point number for each label without a gradient, on its device; None is no number.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: another shape or device, or a tensor that asks for a gradient.
+    """
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"answer_weights must be a floating-point tensor, got {kind}: call .float() on it")
+    if weights.shape != labels.shape:
+        raise ValueError(f"answer_weights must be {shape(labels)}, one for each label, got shape {shape(weights)}")
+    if weights.requires_grad:
+        raise ValueError("answer_weights asks for a gradient, which the loss does not give: detach it")
+    if weights.device != labels.device:
+        raise ValueError(f"answer_weights is on {weights.device} but labels is on {labels.device}: move one of them")
+
+
 def check_pair_numbers(name: str, values: Tensor | None, hidden: Tensor, expected: int, what: str) -> None:
     """``[expected]`` floating-point numbers without a gradient, on the device of hidden; None is no number.
 
@@ -200,18 +220,21 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor, *, pairs: bool = True) 
         )
 
 
-def padded_offsets(hidden: Tensor) -> Tensor:
-    """Offsets ``[2P + 1]`` of padded sequences.
+def padded_offsets(hidden: Tensor, *, pairs: bool) -> Tensor:
+    """Offsets ``[S + 1]`` of padded sequences.
 
     Raises:
-        ValueError: hidden is not ``[2P, T, H]`` with at least one pair.
+        ValueError: hidden is not ``[S, T, H]`` with at least one sequence, or for ``pairs`` with an odd number.
     """
     if hidden.dim() != 3:
         raise ValueError(
-            f"hidden must be [2P, T, H] without cu_seqlens, got shape {shape(hidden)}: pass cu_seqlens for packed input"
+            f"hidden must be [{'2P' if pairs else 'S'}, T, H] without cu_seqlens, got shape {shape(hidden)}: pass "
+            "cu_seqlens for packed input"
         )
     sequences, length = hidden.shape[:2]
-    if sequences == 0 or sequences % 2:
+    if not pairs and sequences == 0:
+        raise ValueError("hidden has no sequence: leave out batches without one")
+    if pairs and (sequences == 0 or sequences % 2):
         raise ValueError(
             f"hidden has {sequences} sequences but pairs need an even number of at least 2: stack the chosen sequences "
             "first, then their rejected ones"
@@ -219,17 +242,17 @@ def padded_offsets(hidden: Tensor) -> Tensor:
     return torch.arange(sequences + 1, device=hidden.device) * length
 
 
-def flat_nll_labels(nll_labels: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:
-    """NLL labels for every position, flattened, from ``[P, T]`` or the shape of labels.
+def flat_nll_labels(nll_labels: Tensor, hidden: Tensor, ignore_index: int, *, pairs: bool) -> Tensor:
+    """NLL labels for every position, flattened, from the shape of labels, or for ``pairs`` from ``[P, T]``.
 
     Raises:
         TypeError, ValueError: as ``check_labels``.
     """
     expected = hidden.shape[:-1]
-    if isinstance(nll_labels, Tensor) and nll_labels.dim() == 2 == len(expected):
-        pairs, length = expected[0] // 2, expected[1]
-        if nll_labels.shape[0] == pairs:
-            check_labels("nll_labels", nll_labels, hidden, expected=torch.Size([pairs, length]))
-            nll_labels = F.pad(nll_labels.long(), (0, 0, 0, pairs), value=ignore_index)
+    if pairs and isinstance(nll_labels, Tensor) and nll_labels.dim() == 2 == len(expected):
+        half, length = expected[0] // 2, expected[1]
+        if nll_labels.shape[0] == half:
+            check_labels("nll_labels", nll_labels, hidden, expected=torch.Size([half, length]))
+            nll_labels = F.pad(nll_labels.long(), (0, 0, 0, half), value=ignore_index)
     check_labels("nll_labels", nll_labels, hidden, expected=expected)
     return nll_labels.long().reshape(-1).contiguous()

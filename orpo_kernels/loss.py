@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from orpo_kernels import operators
 from orpo_kernels.backends import Backend, check_name
+from orpo_kernels.checks import shape
 from orpo_kernels.engine import Losses, fused, warn_skipped
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.pairs import Objective, PairLogps, check_objective, metric_names
 from orpo_kernels.plan import Plan
 from orpo_kernels.prepare import prepare, ready
 from orpo_kernels.settings import Batch, Head, Settings, checked, checked_head
-from orpo_kernels.shards import Shard
+from orpo_kernels.shards import Shard, summed
+from orpo_kernels.targets import sums_of_sequences, weighted
 
 P = ParamSpec("P")
 
@@ -93,7 +95,9 @@ def preference_loss(
     *,
     nll_labels: Tensor | None = None,
     reference_logps: Tensor | None = None,
+    reference: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None = None,
     margins: Tensor | None = None,
+    answer_weights: Tensor | None = None,
     bias: Tensor | None = None,
     nll_weight: float | None = None,
     nll_reduction: str = "token",
@@ -127,7 +131,12 @@ def preference_loss(
             ``labels`` does.
         reference_logps: a reference model's log-probabilities summed over the answers, ``[2P]``, chosen first; for
             objectives that need them, as ``DPO``.
+        reference: in their place a reference model's hidden states, in the form of ``hidden``, with its head's weight
+            and, if there is one, bias: its log-probabilities are computed here without gradients, at one product. Scale
+            and cap are those of the head that trains.
         margins: a number for each pair ``[P]``, for objectives that use one.
+        answer_weights: what each log-probability counts in its answer's sum, in the shape of labels; lengths stay those
+            of the answers. None counts each once. ``objectives.length_desensitised`` gives those of LD-DPO.
         bias: the head's bias ``[V]``. An entry of -inf masks its token, without a softcap.
         nll_weight: weight of the NLL. None takes the objective's own: 1 for ORPO, 0 where it names none.
         nll_reduction: "token", the mean over all NLL tokens, or "sequence", the mean over sequences of their means.
@@ -161,8 +170,10 @@ def preference_loss(
     """
     check_objective(objective)
     head = Head(weight, bias, logit_scale, softcap, shard)
-    batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins)
+    batch = Batch(labels, nll_labels, cu_seqlens, reference_logps, margins, answer_weights)
     settings = Settings(objective, nll_weight, nll_reduction, ignore_index, backend, workspace_bytes, sequence_group)
+    if reference is not None:
+        batch = batch._replace(reference_logps=_of_reference(reference, head, batch, settings))
     return preference_of_head(hidden, head, batch, settings)
 
 
@@ -260,11 +271,44 @@ def _losses(hidden: Tensor, head: Head, batch: Batch, settings: Settings) -> tup
         losses = Losses(*operators.preference(hidden, head, batch, settings))
     else:
         call = prepare(hidden, head, batch, settings).call()
-        warn_skipped(call.targets)
+        if settings.paired:
+            warn_skipped(call.targets)
         losses = Losses(*fused(hidden, head, call))
     chosen_sum, rejected_sum, chosen_length, rejected_length = losses.values[:4].unbind()
     given = batch.of_pairs(losses.values.dtype)
     return losses, PairLogps(chosen_sum, rejected_sum, chosen_length, rejected_length, *given)
+
+
+def _of_reference(reference: tuple[Tensor, ...], head: Head, batch: Batch, settings: Settings) -> Tensor:
+    """The sums over the answers, ``[2P]``, of a reference model's hidden states and head."""
+    if batch.reference_logps is not None:
+        raise ValueError("reference and reference_logps say the same twice: drop one")
+    if not isinstance(reference, (tuple, list)) or len(reference) not in (2, 3):
+        raise TypeError(
+            "reference must be (hidden, weight) or (hidden, weight, bias) of the reference model, got "
+            f"{type(reference).__name__}: pass its last hidden states and its head's own tensors"
+        )
+    hidden, weight, *bias = reference
+    if isinstance(hidden, Tensor) and hidden.shape[:-1] != batch.labels.shape:
+        raise ValueError(
+            f"reference's hidden must be {shape(batch.labels)[:-1]}, H], one state for each label, got shape "
+            f"{shape(hidden)}: run the reference model on the same tokens"
+        )
+    with torch.no_grad():
+        logps = linear_logprobs(
+            hidden,
+            weight,
+            batch.labels,
+            bias=bias[0] if bias else None,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            shard=head.shard,
+            ignore_index=settings.ignore_index,
+            backend=settings.backend,
+            workspace_bytes=settings.workspace_bytes,
+        )
+        sums = sums_of_sequences(weighted(logps, batch.answer_weights), batch.cu_seqlens)
+    return sums if settings.sequence_group is None else summed(sums, settings.sequence_group)
 
 
 def _log_ratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:

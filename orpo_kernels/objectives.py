@@ -34,12 +34,14 @@ __all__ = [
     "SFT",
     "SPPO",
     "AlphaPO",
+    "CrossEntropy",
     "Objective",
     "PairLogps",
     "PairTerms",
     "ProbabilityRatio",
     "SLiC",
     "SimPO",
+    "length_desensitised",
 ]
 
 # The gradient of the rejected side goes as 1 / (1 - p) and truly diverges as p -> 1, so l is held at or below -1e-6.
@@ -216,22 +218,27 @@ class DPO(_AgainstReference):
 
     ``robust`` divides the same with a minus before its second term by ``1 - 2 e``, an unbiased estimate where the share
     e of the labels is flipped. An ``nll_weight`` is RPO's, whose paper takes ``nll_reduction="sequence"``.
+    ``weighting`` multiplies by WPO's ``exp(w' + l')``, without its gradient and without the alignment to what the model
+    would say itself. LD-DPO is ``answer_weights=length_desensitised(...)``, in the reference's sums as well.
 
     Source: arXiv 2305.18290, equation 7; label smoothing as in its conservative form,
-    https://ericmitchell.ai/cdpo.pdf, equation 3; robust: arXiv 2403.00409; RPO: arXiv 2404.19733.
+    https://ericmitchell.ai/cdpo.pdf, equation 3; robust: arXiv 2403.00409; RPO: arXiv 2404.19733; WPO: arXiv
+    2406.11827; LD-DPO: arXiv 2409.06411.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
     robust: bool = False
     nll_weight: float = 0.0
+    weighting: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be below 0.5, got {self.label_smoothing}")
-        if not isinstance(self.robust, bool):
-            raise TypeError(f"robust must be True or False, got {self.robust!r}")
+        for name in ("robust", "weighting"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """The loss of each pair.
@@ -242,8 +249,10 @@ class DPO(_AgainstReference):
         chosen, rejected = self.rewards(pairs)
         margin, flipped = chosen - rejected, self.label_smoothing
         if not self.robust or flipped == 0:
-            return _logistic(margin, flipped)
-        return (flipped * F.logsigmoid(-margin) - (1 - flipped) * F.logsigmoid(margin)) / (1 - 2 * flipped)
+            loss = _logistic(margin, flipped)
+        else:
+            loss = (flipped * F.logsigmoid(-margin) - (1 - flipped) * F.logsigmoid(margin)) / (1 - 2 * flipped)
+        return loss * (pairs.chosen_mean + pairs.rejected_mean).detach().exp() if self.weighting else loss
 
 
 @dataclass(frozen=True)
@@ -463,9 +472,7 @@ class ASFT(_Checked):
 class SFT:
     """``0``, beside the NLL of the chosen side; the rejected answers are measured, and train nothing.
 
-    When: a baseline on the same pairs, or plain fine-tuning.
-
-    Pass labels that ignore the rejected half where its log-probabilities are of no use: it then costs nothing.
+    When: a baseline on the same pairs, whose rejected answers are to be watched.
 
     Source: the cross-entropy of the chosen answers.
     """
@@ -476,6 +483,18 @@ class SFT:
         """Nothing for each pair."""
         nothing = torch.zeros_like(pairs.chosen_sum)
         return PairTerms(nothing, nothing.clone(), nothing.clone())
+
+
+@dataclass(frozen=True)
+class CrossEntropy(SFT):
+    """``0``, beside the NLL of all sequences, which have no partners: ``hidden [S, T, H]`` and any number of them.
+
+    When: plain fine-tuning, without a pair.
+
+    Source: the cross-entropy of the answers.
+    """
+
+    paired: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -555,3 +574,27 @@ def _logistic(margin: Tensor, smoothing: float) -> Tensor:
     if smoothing == 0:  # an infinite margin has no second term
         return -F.logsigmoid(margin)
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def length_desensitised(labels: Tensor, alpha: float, ignore_index: int = -100) -> Tensor:
+    """LD-DPO's weights of answer tokens, for ``answer_weights`` of ``preference_loss``.
+
+    1 for as many tokens of an answer as the shorter one of its pair has, ``alpha`` for those after them. A reference
+    model's sums take the same weights; ``reference=`` does so by itself.
+
+    Args:
+        labels: ``[2P, T]``, chosen first, ``ignore_index`` outside the answers.
+        alpha: between 0, where what is longer counts for nothing, and 1, which is DPO.
+
+    Returns:
+        ``[2P, T]`` float32.
+
+    Source: arXiv 2409.06411.
+    """
+    if not 0 <= number("alpha", alpha) <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    if labels.dim() != 2 or labels.shape[0] % 2:
+        raise ValueError(f"labels must be [2P, T], chosen first, got shape {list(labels.shape)}")
+    counts = labels != ignore_index
+    shorter = counts.sum(1).view(2, -1).amin(0).repeat(2)
+    return torch.where(counts.cumsum(1) <= shorter[:, None], 1.0, float(alpha))

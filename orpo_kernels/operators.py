@@ -160,15 +160,18 @@ TAKES = "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] tensors, str text,
 )
 def preference_operator(hidden: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
     """``engine.Losses``, and gradients for an upstream gradient of 1 (empty where not needed)."""
-    call, losses, grads = _run(hidden, *unpack(weight, bias, Packed(*packed[:-1])), packed[-1])
-    warn_skipped(call.targets)
+    head, batch, settings = unpack(weight, bias, Packed(*packed[:-1]))
+    call, losses, grads = _run(hidden, head, batch, settings, packed[-1])
+    if settings.paired:
+        warn_skipped(call.targets)
     return [*(value.clone() for value in losses), *_or_empty(hidden, grads)]
 
 
 @preference_operator.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> list[Tensor]:
     _, batch, settings = unpack(weight, bias, Packed(*packed[:-1]), build=False)
-    pairs = hidden.shape[0] // 2 if batch.cu_seqlens is None else (batch.cu_seqlens.shape[0] - 1) // 2
+    sequences = hidden.shape[0] if batch.cu_seqlens is None else batch.cu_seqlens.shape[0] - 1
+    pairs = sequences // 2 if settings.paired else sequences
     metrics, acc = len(metric_names(settings.objective)), acc_dtype(hidden.dtype)
     shapes = ((), (4 + metrics,), (len(PAIR_ROWS) + 1 + metrics, pairs))
     losses = [hidden.new_empty(shape, dtype=acc) for shape in shapes]

@@ -8,6 +8,7 @@ memory asks for it, so the loss of a pair must not depend on other pairs, unless
 Optional attributes of an objective:
 
     nll_weight       weight of the NLL where the caller names none; 0 without the attribute
+    paired           False: sequences have no partners, all are chosen, and no pair has a loss: the NLL is what trains
     couples_pairs    True: a pair's loss depends on others, so all pairs are computed at once, those that count alone
     metric_names     names of the ``metrics`` of its terms; the output holds their means over the pairs that count
     rewards(pairs)   chosen and rejected rewards ``[P]``; without it the sums, less the reference's where there is one
@@ -106,6 +107,8 @@ def check_objective(objective: Any) -> None:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"objective.metric_names must be a tuple of names, got {names!r}")
     number("objective.nll_weight", getattr(objective, "nll_weight", 0.0))
+    if not isinstance(getattr(objective, "paired", True), bool):
+        raise TypeError(f"objective.paired must be True or False, got {objective.paired!r}")
 
 
 def terms_of(objective: Objective, pairs: PairLogps, valid: Tensor, count: int, *, differentiate: bool) -> PairTerms:

@@ -118,18 +118,21 @@ def prepare(
         return Prepared(plan, call_of_labels)
 
     if batch.cu_seqlens is None:
-        offsets = checks.padded_offsets(hidden)
+        offsets = checks.padded_offsets(hidden, pairs=settings.paired)
     else:
-        checks.check_cu_seqlens(batch.cu_seqlens, hidden)
+        checks.check_cu_seqlens(batch.cu_seqlens, hidden, pairs=settings.paired)
         offsets = batch.cu_seqlens.long().contiguous()
+    if not settings.paired:  # the rejected ones are empty
+        offsets = torch.cat([offsets, offsets[-1:].expand(offsets.numel() - 1)])
     nll_labels = labels
     if batch.nll_labels is not None:
-        nll_labels = checks.flat_nll_labels(batch.nll_labels, hidden, ignore)
+        nll_labels = checks.flat_nll_labels(batch.nll_labels, hidden, ignore, pairs=settings.paired)
     pairs = offsets.numel() // 2
     checks.check_pair_numbers(
         "reference_logps", batch.reference_logps, hidden, 2 * pairs, "a sum for each sequence, chosen first"
     )
     checks.check_pair_numbers("margins", batch.margins, hidden, pairs, "one for each pair")
+    checks.check_answer_weights(batch.answer_weights, batch.labels)
     count = partial(backend.count, labels, nll_labels, offsets, ignore)
     means: list[Tensor] = []
 
@@ -152,7 +155,8 @@ def prepare(
     def call() -> Call:
         columns = backend.compact(labels, nll_labels, offsets, table, sizes.count, ignore)
         places = head.places(columns.ids)
-        targets = Targets(columns.rows, places, sizes, columns.kind, columns.offsets, of_sequences, group)
+        weights = None if batch.answer_weights is None else batch.answer_weights.reshape(-1)[columns.rows]
+        targets = Targets(columns.rows, places, sizes, columns.kind, columns.offsets, of_sequences, group, weights)
         return Call(targets, given, needs, plan, backend, next(iter(means), None))
 
     return Prepared(plan, call)

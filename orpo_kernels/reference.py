@@ -88,6 +88,7 @@ def preference_loss(
     nll_labels: Tensor | None = None,
     reference_logps: Tensor | None = None,
     margins: Tensor | None = None,
+    answer_weights: Tensor | None = None,
     bias: Tensor | None = None,
     nll_weight: float = 0.0,
     nll_reduction: str = "token",
@@ -107,7 +108,10 @@ def preference_loss(
         z = torch.log_softmax(z.float(), -1)
 
     in_answer = labels != ignore_index
-    sums = _pick(z, labels, ignore_index).sum(-1)
+    picked = _pick(z, labels, ignore_index)
+    if answer_weights is not None:
+        picked = torch.where(answer_weights == 0, 0, picked * answer_weights.to(picked.dtype))
+    sums = picked.sum(-1)
     lengths = in_answer.sum(-1).to(sums.dtype)
     given = Batch(labels, reference_logps=reference_logps, margins=margins).of_pairs(sums.dtype)
     known = PairLogps(sums[:pairs], sums[pairs:], lengths[:pairs], lengths[pairs:], *given)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from orpo_kernels.backends import Backend
 from orpo_kernels.checks import check_cu_seqlens, shape
 from orpo_kernels.loss import linear_logprobs
 from orpo_kernels.shards import Shard
+from orpo_kernels.targets import sums_of_sequences
 
 
 def sequence_logprobs(
@@ -68,15 +68,8 @@ def sequence_logprobs(
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
-    sums = _of_sequences(logps, cu_seqlens)
+    sums = sums_of_sequences(logps, cu_seqlens)
     if not average:
         return sums
-    lengths = _of_sequences((labels != ignore_index).to(logps.dtype), cu_seqlens)
+    lengths = sums_of_sequences((labels != ignore_index).to(logps.dtype), cu_seqlens)
     return sums / lengths.clamp(min=1)
-
-
-def _of_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sums ``[S]``. ``index_add`` would add in any order on a GPU."""
-    if cu_seqlens is None:
-        return values.sum(-1)
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0.0)

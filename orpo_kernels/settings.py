@@ -93,6 +93,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None = None  # [2P + 1], offsets of packed sequences, chosen first
     reference_logps: Tensor | None = None  # [2P], a reference model's sums over the answers, chosen first, nats
     margins: Tensor | None = None  # [P], a number for each pair that the objective may use
+    answer_weights: Tensor | None = None  # the shape of labels, what each log-probability counts in its answer's sum
 
     def of_pairs(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The reference model's sums, chosen and rejected, and the margins, ``[P]`` each."""
@@ -118,6 +119,11 @@ class Settings(NamedTuple):
     def weight_of_nll(self) -> float:
         """``nll_weight``, or the objective's own: 1 for ORPO, 0 for an objective that names none."""
         return float(getattr(self.objective, "nll_weight", 0.0) if self.nll_weight is None else self.nll_weight)
+
+    @property
+    def paired(self) -> bool:
+        """Whether sequences come as chosen ones and then their rejected ones, or all as chosen ones."""
+        return bool(getattr(self.objective, "paired", True))
 
 
 class Needs(NamedTuple):

@@ -72,6 +72,7 @@ class Targets:
     offsets: Tensor | None = None
     counts: Tensor | None = None  # [2P, 8], a row of Counts for each whole sequence, chosen first
     group: Any = None  # of the ranks that hold other positions of the same sequences
+    weights: Tensor | None = None  # [N], what each log-probability counts in its answer's sum; None counts each once
 
     def pairs(self, first: int, last: int, begin: int, end: int) -> Pairs:
         """Pairs ``first`` to ``last``, whose targets are ``begin`` to ``end``, and how these belong to them."""
@@ -79,7 +80,8 @@ class Targets:
         assert self.offsets is not None
         assert self.counts is not None
         offsets = self.offsets[2 * first : 2 * last + 1]
-        return Pairs(self.kind[begin:end], offsets, self.counts, self.sizes, first, last, begin, self.group)
+        weights = None if self.weights is None else self.weights[begin:end]
+        return Pairs(self.kind[begin:end], offsets, self.counts, self.sizes, first, last, begin, self.group, weights)
 
 
 class Pairs(NamedTuple):
@@ -93,6 +95,7 @@ class Pairs(NamedTuple):
     last: int
     begin: int
     group: Any = None
+    weights: Tensor | None = None  # [n]
 
     def per_pair(self, column: int) -> Tensor:
         """A column of the counts, ``[G, 2]``: chosen and rejected."""
@@ -101,10 +104,12 @@ class Pairs(NamedTuple):
     def sums(self, values: Tensor, bit: int) -> Tensor:
         """Sums over the targets of a kind (0: over all), ``[G, 2]``, of every rank that holds positions of the pairs.
 
-        A value that does not count may be infinite.
+        Those over answers are weighted. A value that does not count may be infinite.
         """
         if bit:
             values = torch.where(self.kind & bit != 0, values, 0)
+        if bit == ANSWER:
+            values = weighted(values, self.weights)
         # In float64, as segment_reduce adds one after the other.
         found: Tensor = torch.segment_reduce(values.double(), "sum", offsets=self.offsets - self.begin, initial=0)
         if self.group is not None:
@@ -122,9 +127,13 @@ class Pairs(NamedTuple):
         """``g [n]`` from derivatives ``[G, 2]`` in a sequence's sum over its answer and over its NLL tokens."""
         table = torch.stack([answer, nll], -1).view(-1, 2)
         of_target = torch.repeat_interleave(table, self.offsets.diff(), 0, output_size=self.kind.numel())
-        return torch.where(self.kind & ANSWER != 0, of_target[:, 0], 0) + torch.where(
-            self.kind & NLL != 0, of_target[:, 1], 0
-        )
+        of_answer = weighted(torch.where(self.kind & ANSWER != 0, of_target[:, 0], 0), self.weights)
+        return of_answer + torch.where(self.kind & NLL != 0, of_target[:, 1], 0)
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The product, 0 for a weight of 0 whatever the value."""
+    return values if weights is None else torch.where(weights == 0, 0, values * weights.to(values.dtype))
 
 
 def pair_sizes(
@@ -254,6 +263,13 @@ def label_targets(labels: Tensor, sizes: Sizes, ignore_index: int, places: Calla
     """A target for each label ``[positions]`` that is not ignored, in order; ``places`` has its rows of the head."""
     rows = torch.nonzero_static(labels != ignore_index, size=sizes.count).view(-1)
     return Targets(rows, places(labels[rows]), sizes)
+
+
+def sums_of_sequences(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums ``[S]`` of values ``[S, T]``, or packed ``[N]``. ``index_add`` would add in any order on a GPU."""
+    if cu_seqlens is None:
+        return values.sum(-1)
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0.0)
 
 
 def _refuse_capture(labels: Tensor) -> None:

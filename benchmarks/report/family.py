@@ -84,7 +84,7 @@ def curves() -> dict[str, dict[str, list[float]]]:
     """Losses over margins, by member and form: x, then a list for each form, from the classes in float64."""
     found: dict[str, dict[str, list[float]]] = {}
     for member in MEMBERS:
-        if member is SFT:  # its loss is that of no margin
+        if issubclass(member, SFT):  # its loss is that of no margin
             continue
         reach = OF_SUMS if needs(member) or member is CPO else OF_MEANS
         x = torch.linspace(-reach, reach, 81, dtype=torch.float64)

@@ -156,7 +156,7 @@ class TritonBackend(Backend):
 
     def pair_terms(self, found: Found, pairs: Pairs, given: GivenPairs) -> PairTable:
         objective = given.objective
-        if type(objective) is not ORPO or pairs.group is not None:
+        if type(objective) is not ORPO or pairs.group is not None or pairs.weights is not None:
             return super().pair_terms(found, pairs, given)
         assert found.logit_means is not None  # asked for
         logps = found.logps

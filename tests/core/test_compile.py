@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orpo_kernels import OrpoLoss, OrpoOutput, linear_logprobs, orpo_loss, preference_loss
-from orpo_kernels.objectives import CPO, DPO, KTO, ORPO, PairLogps, SimPO
+from orpo_kernels.objectives import CPO, DPO, KTO, ORPO, CrossEntropy, PairLogps, SimPO
 from orpo_kernels.operators import pack, unpack
 from orpo_kernels.settings import Batch, Head, Settings
 from tests.cases import DEVICE, Case, make
@@ -102,15 +102,17 @@ def largest_margin(pairs: PairLogps) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "objective",
-    [SimPO(2.0, 0.5), DPO(0.1, 0.1, True), CPO(0.3, "ipo"), KTO(0.1), largest_margin],
-    ids=["simpo", "dpo", "cpo", "kto", "function"],
+    [SimPO(2.0, 0.5), DPO(0.1, 0.1, True), CPO(0.3, "ipo"), KTO(0.1), largest_margin, CrossEntropy()],
+    ids=["simpo", "dpo", "cpo", "kto", "function", "cross-entropy"],
 )
 def test_one_graph_over_any_objective(objective: Any) -> None:
     case = make(torch.float64)
     reference = torch.randn(4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights = torch.linspace(0, 1, case.labels.numel(), device=DEVICE).view(case.labels.shape)
 
     def step(hidden: torch.Tensor) -> torch.Tensor:
-        return preference_loss(hidden, case.weight, case.labels, objective, reference_logps=reference).loss
+        options = {"reference_logps": reference, "answer_weights": weights} if objective != CrossEntropy() else {}
+        return preference_loss(hidden, case.weight, case.labels, objective, **options).loss
 
     compiled = torch.compile(step, fullgraph=True, backend=COMPILER)(case.hidden)
     eager = step(case.hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels import orpo_loss, preference_loss, reference
+from orpo_kernels import explain, orpo_loss, preference_loss, reference
 from orpo_kernels.objectives import (
     APO,
     ASFT,
@@ -24,11 +25,13 @@ from orpo_kernels.objectives import (
     SFT,
     SPPO,
     AlphaPO,
+    CrossEntropy,
     PairLogps,
     PairTerms,
     ProbabilityRatio,
     SimPO,
     SLiC,
+    length_desensitised,
 )
 from orpo_kernels.pairs import terms_of
 from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurate, every_run, make, relative
@@ -45,6 +48,7 @@ OBJECTIVES: dict[str, Any] = {"orpo": ORPO(0.3), "simpo": SimPO(2.5, 0.3), "dpo"
 OBJECTIVES |= {f"cpo {kind}": CPO(0.2, kind, 0.1, 0.4, 0.05) for kind in CPO.LOSS_TYPES}
 FAMILY: list[Any] = [
     *(ORPO(), ProbabilityRatio(), SimPO(), AlphaPO(0.25), AlphaPO(-0.5), DPO(), DPO(0.1, 0.2), DPO(0.1, 0.2, True)),
+    DPO(weighting=True),
     *(IPO(), SLiC(), NCA(), SPPO(), APO(), APO(kind="down"), MMPO(), KTO(), ASFT(), SFT()),
     *(CPO(loss_type=kind) for kind in CPO.LOSS_TYPES),
     CPO(alpha=0.25),
@@ -122,6 +126,7 @@ def test_formulas_without_released_code() -> None:
         (AlphaPO(0.3, 2.0, 0.4), -log_sigmoid(2 * (bends[0] - bends[1]) - 0.4)),
         (MMPO(0.1, 2.0), -p * log_sigmoid(d) - (1 - p) * log_sigmoid(-d)),
         (SPPO(0.1), wins),
+        (DPO(0.1, weighting=True), -torch.exp(values[0] / n + values[1] / m) * log_sigmoid(d)),
         (ASFT(0.5), 0.5 * (-log_sigmoid(odds[0]) - log_sigmoid(-odds[1]))),
         (KTO(0.1, 1.5, 0.5), 0.5 * (1.5 * sigmoid(torch.tensor(-0.1 * a)) + 0.5 * sigmoid(torch.tensor(0.1 * b)))),
     ]
@@ -155,6 +160,116 @@ def test_sft_is_the_cross_entropy_of_the_chosen_side() -> None:
     expected = case.grads(naive)
     for name, grad in case.grads(out.loss).items():
         torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_cross_entropy_takes_any_number_of_sequences(reduction: str, packed: bool) -> None:
+    case = make(torch.float64, pairs=2)
+    inputs, options = (case.hidden[:3], case.weight, case.labels[:3]), {"nll_reduction": reduction}
+    counts = (inputs[2] != -100).sum(1)
+    naive = F.cross_entropy((inputs[0] @ case.weight.T).flatten(0, 1), inputs[2].flatten(), reduction="none")
+    naive = naive.view(3, -1).sum(1)
+    naive = naive.sum() / counts.sum() if reduction == "token" else (naive / counts).mean()
+    if packed:
+        kept = inputs[2] != -100
+        options["cu_seqlens"] = F.pad(counts.cumsum(0), (1, 0))
+        inputs = inputs[0][kept], case.weight, inputs[2][kept]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no pair is skipped, as there is none
+        out = preference_loss(*inputs, CrossEntropy(), **options)
+    torch.testing.assert_close(out.loss, naive)
+    torch.testing.assert_close(out.nll_loss, naive)
+    assert out.objective_loss == 0
+    assert torch.equal(out.pairs.chosen_length, counts.double())
+    expected = case.grads(naive)
+    for name, grad in case.grads(out.loss).items():
+        torch.testing.assert_close(grad, expected[name])
+    assert explain(preference_loss, *inputs, CrossEntropy(), **options).targets == int(counts.sum())
+
+
+@every_run
+@pytest.mark.parametrize("objective", ["orpo", "dpo", "simpo"])
+@pytest.mark.parametrize("workspace", [None, "groups", 1])
+def test_weights_of_answer_tokens(objective: str, workspace: Any, backend: str, dtype: torch.dtype) -> None:
+    """A few are 0, and the NLL, of other labels, knows none of them."""
+    case = make(dtype, pairs=5, bias=True, vocab=600)
+    if workspace == "groups":
+        workspace = 4 * 600 * 32 + 25 * (600 + 32 * 3) * 4
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(case.labels.shape, generator=generator).sub(0.3).clamp(min=0).to(DEVICE)
+    nll_labels = torch.where(case.labels[:5] == -100, 3, case.labels[:5])
+    options = {**given(case), "nll_weight": 0.5, "nll_labels": nll_labels, "answer_weights": weights}
+    plain = reference.odds_ratio(0.3) if objective == "orpo" else OBJECTIVES[objective]
+    truth_case = case.to(torch.float64)
+    inputs = truth_case.hidden, truth_case.weight, case.labels
+    truth = reference.preference_loss(*inputs, plain, bias=truth_case.bias, **options)["loss"]
+    inputs, options = (case.hidden, case.weight, case.labels), {**options, "bias": case.bias}
+    naive = reference.preference_loss(*inputs, plain, **options)["loss"]
+    out = preference_loss(*inputs, OBJECTIVES[objective], backend=backend, workspace_bytes=workspace, **options)
+    assert_as_accurate("loss", out.loss, naive, truth, VALUE_FLOOR[dtype])
+    naive_grads, grads = case.grads(naive), case.grads(out.loss)
+    for tensor, expected in truth_case.grads(truth).items():
+        assert_as_accurate(f"grad_{tensor}", grads[tensor], naive_grads[tensor], expected, GRAD_FLOOR[dtype])
+
+
+def test_a_weight_of_zero_silences_an_impossible_token() -> None:
+    """Its log-probability is -inf, which times 0 would be no number."""
+    case = make(torch.float64, pairs=1, bias=True, keep=1.0)
+    assert case.bias is not None
+    with torch.no_grad():
+        case.bias[7] = -float("inf")
+    labels, weights = case.labels.clone(), torch.ones(case.labels.shape, dtype=torch.float64, device=DEVICE)
+    labels[:, 0], weights[:, 0] = 7, 0
+    case.labels[:, 0] = case.labels[:, 0].clamp(max=6)
+    options = {"bias": case.bias, "nll_labels": case.labels, "answer_weights": weights}
+    out = preference_loss(case.hidden, case.weight, labels, SimPO(), **options)
+    other = preference_loss(case.hidden, case.weight, case.labels, SimPO(), **options)
+    torch.testing.assert_close(out.loss, other.loss)
+    assert torch.isfinite(case.grads(out.loss)["hidden"]).all()
+
+
+def test_length_desensitised_weights() -> None:
+    """What an answer is longer than its partner counts alpha times; the reference's sums as well."""
+    labels = torch.tensor([[1, -100, 2, 3], [4, 5, 6, 7], [-100, 1, -100, 2], [1, 2, 3, 4]])
+    found = length_desensitised(labels, 0.25)
+    expected = torch.tensor([[1, 1, 1, 0.25], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    assert torch.equal(torch.where(labels == -100, 1, found), expected)
+    case = make(torch.float64, pairs=3)
+    weights = length_desensitised(case.labels, 0.5)
+    other = make(torch.float64, pairs=3, seed=9)
+    logps = reference.linear_logprobs(other.hidden, other.weight, case.labels).detach()
+    sums = (logps * weights).sum(1)
+    inputs = case.hidden, case.weight, case.labels, DPO()
+    given_sums = preference_loss(*inputs, reference_logps=sums, answer_weights=weights)
+    computed = preference_loss(*inputs, reference=(other.hidden, other.weight), answer_weights=weights)
+    torch.testing.assert_close(computed.loss, given_sums.loss)
+    torch.testing.assert_close(computed.pairs, given_sums.pairs)
+    for alpha in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="alpha must be"):
+            length_desensitised(labels, alpha)
+    with pytest.raises(ValueError, match=r"labels must be \[2P, T\], chosen first, got shape \[3\]"):
+        length_desensitised(labels[:3, 0], 0.5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reference_model_in_one_call(packed: bool) -> None:
+    """Of other features and with a bias; without gradients, at one product."""
+    case, other = make(torch.float64, pairs=3), make(torch.float64, pairs=3, seed=3, features=24, bias=True)
+    options: dict[str, Any] = {"logit_scale": 0.7, "softcap": 5.0}
+    sums = reference.linear_logprobs(other.hidden, other.weight, case.labels, bias=other.bias, **options).sum(1)
+    inputs, states = (case.hidden, case.weight, case.labels), other.hidden
+    expected = reference.preference_loss(*inputs, DPO(), reference_logps=sums.detach(), **options)["loss"]
+    if packed:
+        kept = case.labels != -100
+        options["cu_seqlens"] = F.pad(kept.sum(1).cumsum(0), (1, 0))
+        inputs, states = (case.hidden[kept], case.weight, case.labels[kept]), other.hidden[kept]
+    out = preference_loss(*inputs, DPO(), reference=(states, other.weight, other.bias), **options)
+    torch.testing.assert_close(out.loss, expected)
+    grads = case.grads(expected)
+    for name, grad in case.grads(out.loss).items():
+        torch.testing.assert_close(grad, grads[name])
+    assert other.weight.grad is None
 
 
 @pytest.mark.parametrize("objective", FAMILY, ids=str)
@@ -337,6 +452,10 @@ class NegativeNll(SimPO):
     nll_weight = -3.0
 
 
+class Neither(SFT):
+    paired = None
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "none": ({"objective": None}, TypeError, "objective must be callable on PairLogps.*got NoneType"),
     "a class": ({"objective": SimPO}, TypeError, "got the class SimPO: pass an instance or a function"),
@@ -392,6 +511,41 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"objective": DPO(), "reference_logps": torch.zeros(4, requires_grad=True)},
         ValueError,
         r"asks for a gradient.*under torch.no_grad\(\)",
+    ),
+    "reference twice": (
+        {"objective": DPO(), "reference_logps": torch.zeros(4), "reference": (torch.ones(4, 6, 8), torch.ones(20, 8))},
+        ValueError,
+        "reference and reference_logps say the same twice",
+    ),
+    "a reference that is a model": (
+        {"objective": DPO(), "reference": torch.nn.Linear(8, 20)},
+        TypeError,
+        r"reference must be \(hidden, weight\) or \(hidden, weight, bias\).*got Linear",
+    ),
+    "a reference of other tokens": (
+        {"objective": DPO(), "reference": (torch.ones(4, 5, 8), torch.ones(20, 8))},
+        ValueError,
+        r"reference's hidden must be \[4, 6, H\], one state for each label, got shape \[4, 5, 8\]",
+    ),
+    "weights of another shape": (
+        {"objective": SimPO(), "answer_weights": torch.ones(4, 5)},
+        ValueError,
+        r"answer_weights must be \[4, 6\], one for each label, got shape \[4, 5\]",
+    ),
+    "weights of integers": (
+        {"objective": SimPO(), "answer_weights": torch.ones(4, 6, dtype=torch.int64)},
+        TypeError,
+        "answer_weights must be a floating-point tensor, got torch.int64",
+    ),
+    "weights with a gradient": (
+        {"objective": SimPO(), "answer_weights": torch.ones(4, 6, requires_grad=True)},
+        ValueError,
+        "answer_weights asks for a gradient, which the loss does not give",
+    ),
+    "pairs that are neither": (
+        {"objective": Neither()},
+        TypeError,
+        "objective.paired must be True or False, got None",
     ),
     "margins of another shape": (
         {"objective": SimPO(), "margins": torch.zeros(3)},

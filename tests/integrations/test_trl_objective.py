@@ -14,7 +14,7 @@ from datasets import Dataset
 from orpo_kernels.integrations import patch_trl, patched_trl, unpatch_trl
 from orpo_kernels.integrations.trl_cpo import PATCH, CPOTrainer
 from orpo_kernels.integrations.trl_orpo import ORPOTrainer
-from orpo_kernels.objectives import DPO, MMPO, ORPO, PairLogps, SimPO
+from orpo_kernels.objectives import DPO, MMPO, ORPO, CrossEntropy, PairLogps, SimPO
 from tests.integrations.stock_script import pairs
 from tests.integrations.test_trl import CONFIGS, model
 from tests.integrations.test_trl import trainer as orpo_trainer
@@ -111,6 +111,8 @@ def test_a_block_gives_the_objective_back(tmp_path: Path) -> None:
     assert PATCH.objective == SimPO()
     patch_trl()
     assert PATCH.objective is None
+    with pytest.raises(ValueError, match=r"CrossEntropy\(\) trains sequences without partners.*take objectives.SFT"):
+        patch_trl(objective=CrossEntropy())
     with pytest.raises(TypeError, match="objective must be callable on PairLogps"):
         patch_trl(objective=SimPO)  # type: ignore[arg-type]
 
