@@ -110,7 +110,7 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
             raise ValueError(f"marker benchmarks:{match[2]} names no table; there are {', '.join(TABLES)}")
         whole = full.replace("costs", "objectives")  # of which they are the sum
         _, found = records.get(whole) or records.get(machine_class) or (None, Record())
-        versions = ", ".join(sorted({row.torch for row in found.rows}))
+        versions = ", ".join(sorted({row.torch for row in found.rows if row.torch}))
         where = f"Recorded on {found.date} on {found.machine}, torch {versions}, commit {found.commit}.\n\n"
         shown = shown_as(name, machine_class, found)
         return f"{match[1]}{where if name != 'picture' else ''}{shown}\n{match[3]}" if shown else match[0]
