@@ -28,6 +28,7 @@ from orpo_kernels import integrations
 from orpo_kernels.backends import by_preference
 from orpo_kernels.integrations import LIGER, TESTED, TRAINERS, Trainer
 from orpo_kernels.integrations.trainer import BACKEND_VARIABLE, WORKSPACE_VARIABLE, Settings
+from orpo_kernels.settings import Head
 from orpo_kernels.startup import sitecustomize
 
 PREFIX = "orpo_kernels:"
@@ -223,7 +224,9 @@ def doctor() -> int:
     used = False
     for backend in by_preference(device):
         reason = backend.refuses(device, torch.bfloat16)
-        print(f"backend {backend.name}: {reason or ('available' if used else 'used')}")
+        states = torch.empty(1, 4096, dtype=torch.bfloat16, device=device)
+        form = "" if reason else backend.form(states, Head(states.expand(8, -1)))
+        print(f"backend {backend.name}: {reason or ('available' if used else 'used')}{form and f'; {form}'}")
         used = used or reason is None
     for trainer in (*TRAINERS, LIGER):
         print(f"patch {trainer.target}: {_patchable(trainer)}")

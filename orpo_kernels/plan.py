@@ -55,6 +55,7 @@ class Plan:
     scratch_budget: int  # bytes of scratch the backend may hold
     reason: str
     backend: str
+    form: str = ""  # how the backend multiplies, where it has a choice; only ``explain`` asks
 
     @property
     def bytes(self) -> int:
@@ -69,7 +70,7 @@ class Plan:
         return (
             f"plan {self.name} on backend {self.backend}: {passes} over {self.targets} targets "
             f"({share} of {self.positions} positions), {groups}, {self.bytes / 2**20:.0f} MiB beyond inputs and "
-            f"gradients; {self.reason}"
+            f"gradients; {self.reason}" + (f"; {self.form}" if self.form else "")
         )
 
 
@@ -83,6 +84,7 @@ def choose(
     dtype: torch.dtype,  # of hidden and weight
     workspace_bytes: int | None,
     backend: Backend,
+    form: str = "",
     splits: bool = True,  # whether pairs may be computed group by group
 ) -> Plan:
     """Pick the plan with the fewest passes that keeps to the workspace.
@@ -110,7 +112,7 @@ def choose(
         largest = max(group.last - group.first for group in groups)
         cost = backend.cost(largest, vocab, features, dtype, budget, store=store)
         held = (cost.stored, sums, late, cost.scratch, cost.budget)
-        return Plan(name, passes, groups, sizes.count, sizes.positions, *held, reason + after, backend.name)
+        return Plan(name, passes, groups, sizes.count, sizes.positions, *held, reason + after, backend.name, form)
 
     def fits(n: int, budget: int) -> bool:
         return need(n, budget) <= budget

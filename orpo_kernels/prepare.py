@@ -107,6 +107,7 @@ def prepare(
         dtype=hidden.dtype,
         workspace_bytes=settings.workspace_bytes,
         backend=backend,
+        form=backend.form(hidden, head) if plan_only else "",
     )
     if objective is None:
         sizes = label_sizes(labels, head.whole_vocab, ignore)

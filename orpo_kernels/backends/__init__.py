@@ -258,6 +258,10 @@ class Backend(ABC):
             g=pairs.spread(_columns(terms) * share[:, None], -given.nll_weight * nll_share),
         )
 
+    def form(self, hidden: Tensor, head: Head) -> str:
+        """How hidden states ``[..., H]`` meet the head, for people to read, and what a faster way would ask for."""
+        return ""
+
     def mean_weight(self, weight: Tensor) -> Tensor:
         """Mean over the vocabulary of ``weight [V, H]``, ``[H]`` in the accumulation dtype."""
         return weight.mean(0, dtype=acc_dtype(weight.dtype))

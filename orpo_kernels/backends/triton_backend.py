@@ -109,6 +109,24 @@ class TritonBackend(Backend):
         n = min(n, _chunk_rows(features, room))
         return Cost(0, n * (8 * features + _slice_width(n * itemsize, vocab, room) * itemsize) if n else 0, room)
 
+    def form(self, hidden: Tensor, head: Head) -> str:
+        rows, head = hidden.new_empty((1, hidden.shape[-1])), _addressable(head)
+        form, tile = self._choose(rows, head)
+        n, v, h, warps, *_ = tile
+        said = f"form {form}, tiles of {n} x {v}" + (f" x {h}" if h else "") + f" in {warps} warps"
+        if tile.programs > 1:
+            said += f", {tile.programs} programs a multiprocessor"
+        row, capped = self._row(rows), head.softcap is not None
+        if form != row.form and not _aligned(rows, head.weight):
+            said += (
+                f": rows of {rows.shape[1]} features do not begin at multiples of 16 bytes, which the form {row.form} "
+                f"asks for; pad H to a multiple of {16 // rows.element_size()} where that can be chosen"
+            )
+        elif form != row.form:
+            said += f": this chip has no {row.form} tile for " + ("a softcap" if capped else "it")
+            said += " and a bias" if capped and head.bias is not None else ""
+        return said
+
     # What the engine calls, in the order it does.
 
     def count(self, labels: Tensor, nll_labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
@@ -328,12 +346,17 @@ class TritonBackend(Backend):
 
     def _choose(self, hidden: Tensor, head: Head) -> tuple[str, Tile]:
         """The form and the tile of the GEMM of E for such matrices."""
-        row = self._given or config(self._arch or arch_of(hidden.device), hidden.dtype)
-        aligned = all(
-            t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, head.weight)
-        )
-        capped, features = head.softcap is not None, hidden.shape[1]
-        return row.choose(aligned=aligned, biased=head.bias is not None, capped=capped, features=features)
+        biased, capped, features = head.bias is not None, head.softcap is not None, hidden.shape[1]
+        aligned = _aligned(hidden, head.weight)
+        return self._row(hidden).choose(aligned=aligned, biased=biased, capped=capped, features=features)
+
+    def _row(self, hidden: Tensor) -> Config:
+        return self._given or config(self._arch or arch_of(hidden.device), hidden.dtype)
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether all rows begin at multiples of 16 bytes, as TMA asks."""
+    return all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

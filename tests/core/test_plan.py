@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from orpo_kernels.backends.torch_backend import TorchBackend
 from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.objectives import SimPO
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Group, choose
-from orpo_kernels.settings import Needs
+from orpo_kernels.settings import Head, Needs
 from orpo_kernels.targets import Sizes
 from tests.cases import LargestTensor, make
 
@@ -112,6 +113,25 @@ def test_log_probabilities_take_the_same_plans() -> None:
     assert explain(preference_loss, *inputs, SimPO()) == explain(*inputs) == explain(orpo_loss, *inputs)
     with pytest.raises(ValueError, match="explain knows preference_loss, orpo_loss and linear_logprobs, got 'len'"):
         explain(len, *inputs)
+
+
+def test_what_a_chip_multiplies_with_and_what_costs_the_fast_form() -> None:
+    def form(vocab: int, features: int, softcap: float | None = None, bias: Any = None, arch: str = "sm_90") -> str:
+        weight = torch.empty(vocab, features, dtype=torch.bfloat16)
+        return TritonBackend(arch=arch).form(weight[:2], Head(weight, bias, 1.0, softcap))
+
+    assert form(8, 4096) == "form tma, tiles of 128 x 256 x 64 in 8 warps"
+    assert form(8, 896) == "form tma, tiles of 128 x 128 x 64 in 4 warps, 2 programs a multiprocessor"
+    assert "2 programs" in form(8, 2304, 30.0)
+    assert "2 programs" not in form(8, 3584, 30.0)
+    said = r"form pointer, .*: rows of 899 features do not begin at multiples of 16 bytes, .*pad H to a multiple of 8"
+    assert re.match(said, form(8, 899))
+    assert "this chip has no tma tile for a softcap and a bias" in form(8, 4096, 30.0, torch.zeros(8))
+    assert form(8, 4096, arch="sm_80") == "form pointer, tiles of 128 x 128 x 32 in 8 warps"
+    case = make(torch.bfloat16, pairs=2)
+    assert "form" not in str(explain(case.hidden, case.weight, case.labels, backend="torch"))
+    row = {"vocab": 8, "features": 4, "dtype": torch.float32}
+    assert str(plan([10], **row, form="form tma")).endswith("; form tma")
 
 
 def test_explain_reads_no_head() -> None:
