@@ -22,7 +22,8 @@ from tests.cases import DEVICE, GRAD_FLOOR, VALUE_FLOOR, Case, assert_as_accurat
 
 CASES = int(os.environ.get("ORPO_FUZZ_CASES", "300"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LEAST = {"length": 8, "features": 24, "vocab": 100}
+LEAST = {"pairs": 1, "length": 8, "features": 24, "vocab": 100}
+KEPT = 0.3  # of the labels
 # What three roundings of one number come to: E, a row of hidden times its coefficient, and the result. Larger tensors
 # average them, which the floor of other tests counts on; here a gradient may be made of one target.
 ROUNDINGS = {dtype: 3 * torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torch.float16)}
@@ -87,6 +88,7 @@ def test_any_call(
 ) -> None:
     if dtype.itemsize == 2:  # the naive error of a handful of numbers of few bits is luck, and no measure of ours
         shape = {**shape, **{name: shape[name] + more for name, more in LEAST.items()}}
+        shape["keep"] = max(shape["keep"], KEPT)
     case = make(dtype, **shape, **{**head, "ignore_index": engine["ignore"]})
     case.labels[case.labels == -100] = engine["ignore"]
     for name in engine["frozen"]:
