@@ -24,9 +24,12 @@ CASES = int(os.environ.get("ORPO_FUZZ_CASES", "300"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAST = {"pairs": 1, "length": 8, "features": 24, "vocab": 100}
 KEPT = 0.3  # of the labels
-# What three roundings of one number come to: E, a row of hidden times its coefficient, and the result. Larger tensors
-# average them, which the floor of other tests counts on; here a gradient may be made of one target.
-ROUNDINGS = {dtype: 3 * torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torch.float16)}
+# What so many roundings of one number come to. Larger tensors average them, which the floors of other tests count on;
+# here a value or a gradient may be made of one target.
+# Of a logit: as a product, with the bias, by the scale; its exponential; and a sum of some of those.
+VALUES = {dtype: 5 * torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torch.float16)}
+# Of a gradient: E, a row of hidden times its coefficient, the result.
+GRADS = {dtype: 3 * torch.finfo(dtype).eps / 2 for dtype in VALUES}
 IGNORED = (-100, -1)
 
 head = st.fixed_dictionaries(
@@ -96,7 +99,8 @@ def test_any_call(
             case.tensors[name].requires_grad_(False)
     # Small tiles and chunks, so that small inputs have many of each.
     with (
-        mock.patch.dict(GRAD_FLOOR, ROUNDINGS),
+        mock.patch.dict(GRAD_FLOOR, GRADS),
+        mock.patch.dict(VALUE_FLOOR, VALUES),
         mock.patch.object(torch_tiles, "TILE_ROWS", (engine["tile"],) * 2),
         mock.patch.object(torch_backend, "CHUNK_ROWS", (engine["rows"],) * 2),
     ):
