@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import add, mul
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,14 +26,14 @@ class Counts(NamedTuple):
     A range of labels always includes 0, which is a token of every vocabulary; over all rows it is that of the batch.
     """
 
-    answers: int
-    nlls: int
-    first: int  # positions that are a target
-    separate: int  # of these, how many are two: the NLL names another token than the answer
-    low: int  # smallest and largest label that counts
-    high: int
-    nll_low: int
-    nll_high: int
+    answers: tuple[int, ...]
+    nlls: tuple[int, ...]
+    first: tuple[int, ...]  # positions that are a target
+    separate: tuple[int, ...]  # of these, how many are two: the NLL names another token than the answer
+    low: tuple[int, ...]  # smallest and largest label that counts
+    high: tuple[int, ...]
+    nll_low: tuple[int, ...]
+    nll_high: tuple[int, ...]
 
 
 class Columns(NamedTuple):
@@ -70,7 +71,7 @@ class Targets:
     sizes: Sizes
     kind: Tensor | None = None
     offsets: Tensor | None = None
-    counts: Tensor | None = None  # [2P, 8], a row of Counts for each whole sequence, chosen first
+    counts: Tensor | None = None  # [2P, 8], the columns of Counts of whole sequences, chosen first
     group: Any = None  # of the ranks that hold other positions of the same sequences
     weights: Tensor | None = None  # [N], what each log-probability counts in its answer's sum; None counts each once
 
@@ -156,20 +157,19 @@ def pair_sizes(
     _refuse_capture(labels)
     table = count()
     whole = table if group is None else _of_all_ranks(table, group)
-    rows = [Counts(*row) for row in _on_host(table if group is None else torch.cat([table, whole]), meanwhile)]
-    own, host = rows[: len(table)], rows[-len(table) :]
-    pairs = len(host) // 2
-    for name, low, high in (("labels", "low", "high"), ("nll_labels", "nll_low", "nll_high")):
-        lowest, highest = min(getattr(row, low) for row in host), max(getattr(row, high) for row in host)
-        _check_labels(name, lowest, highest, vocab, ignore_index)
-    sizes, mine = ([row.first + row.separate for row in each] for each in (host, own))
+    host = _on_host(table if group is None else torch.cat([table, whole]), meanwhile)
+    own, every = (Counts(*zip(*rows, strict=True)) for rows in (host[: len(table)], host[-len(table) :]))
+    _check_labels("labels", min(every.low), max(every.high), vocab, ignore_index)
+    _check_labels("nll_labels", min(every.nll_low), max(every.nll_high), vocab, ignore_index)
+    mine, sizes = (list(map(add, of.first, of.separate)) for of in (own, every))
+    pairs = len(sizes) // 2
     found = Sizes(
-        pairs=tuple(a + b for a, b in zip(mine[:pairs], mine[pairs:], strict=True)),
+        pairs=tuple(map(add, mine[:pairs], mine[pairs:])),
         sides=(sum(sizes[:pairs]), sum(sizes[pairs:])),
-        valid=sum(1 for a, b in zip(host[:pairs], host[pairs:], strict=True) if a.answers and b.answers),
-        nll=sum(row.nlls for row in host),
-        nll_sequences=sum(1 for row in host if row.nlls),
-        shared_rows=any(row.separate for row in own),
+        valid=sum(map(bool, map(mul, every.answers[:pairs], every.answers[pairs:]))),
+        nll=sum(every.nlls),
+        nll_sequences=sum(map(bool, every.nlls)),
+        shared_rows=any(own.separate),
         positions=labels.numel(),
     )
     return found, table, whole
