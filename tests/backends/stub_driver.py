@@ -1,17 +1,15 @@
-"""Launches as on an H100, without one: Triton's own dispatch, launcher and tensor maps over a driver that starts nothing.
+"""Launches as on an H100, without one: Triton's dispatch, launcher and tensor maps over a driver that starts nothing.
 
-``stub_cuda.c`` stands for libcuda and refuses what a real driver would. Tensors stay on the CPU, what the host has to
-read is computed in plain torch, and the numbers mean nothing. ``python -m tests.backends.stub_driver``, without
-``TRITON_INTERPRET``, makes calls of many kinds and prints as JSON what they launched; ``--profile`` times the host.
+``stub_cuda.c`` stands for libcuda and refuses what a real one would. Tensors stay on the CPU, what the host has to read
+is computed in plain torch, and no other number means anything. ``python -m tests.backends.stub_driver``, without
+``TRITON_INTERPRET``, makes calls of many kinds and prints as JSON what each launched and compiled.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,38 +21,181 @@ from unittest import mock
 
 import torch
 
-CORES = 132
-OLDER, NEWER = "a call", "the same call of another batch"
+from benchmarks.lab.compile import Recorder
+from orpo_kernels import linear_logprobs, orpo_loss, preference_loss, targets
+from orpo_kernels.backends import kernels
+from orpo_kernels.backends.kernels.configs import config
+from orpo_kernels.objectives import SimPO
+from tests.cases import make
+
+CORES = 132  # multiprocessors
+HALF = torch.bfloat16
+# Options of the inputs and of the call. The first are a head's usual kinds, the others what may trip a launch.
+KINDS: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "float16": {"dtype": torch.float16},
+    "float32": {"dtype": torch.float32},
+    "softcap": {"softcap": 30.0},
+    "bias": {"bias": True},
+    "wide": {"features": 4096},
+    "wide with a softcap": {"features": 4096, "softcap": 30.0},
+    "pointers": {"form": "pointer"},
+    "library": {"form": "library"},
+    "rows that no tensor map describes": {"features": 99, "vocab": 1001},
+    "an odd vocabulary": {"vocab": 1001},
+    "frozen head": {"frozen": ("weight",)},
+    "frozen hidden states": {"frozen": ("hidden",)},
+    "no gradient": {"frozen": ("weight", "hidden")},
+    "E computed again": {"workspace_bytes": 1},
+    "groups of pairs": {"workspace_bytes": 200_000},
+    "log-probabilities": {"function": linear_logprobs},
+    "an objective in torch": {"function": preference_loss, "objective": SimPO()},
+    "mean over sequences": {"nll_reduction": "sequence"},
+}
+BATCHES = ({"pairs": 2, "length": 24}, {"pairs": 5, "length": 33}, {"pairs": 1, "length": 1})
 
 
 def load() -> ctypes.CDLL:
     """Build the stub, and make Triton take it for the driver of a Hopper GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     folder = tempfile.mkdtemp(prefix="stub-cuda-")
-    library = f"{folder}/libcuda.so.1"
-    source = Path(__file__).with_name("stub_cuda.c")
+    library, source = f"{folder}/libcuda.so.1", Path(__file__).with_name("stub_cuda.c")
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     command = ["cc", "-shared", "-fPIC", "-O1", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", library, str(source)]
     subprocess.run(command, check=True)
-    stub = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # before Triton's module asks for one of this name
+    stub = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # before a module of Triton's asks for one of this name
     stub.stub_kernel.restype = ctypes.c_char_p
     os.environ["TRITON_LIBCUDA_PATH"] = folder
 
     from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
 
-    class StubDriver(CudaDriver):
+    class StubDriver(CudaDriver):  # type: ignore[misc, no-any-unimported]
         def __init__(self) -> None:
             super().__init__()
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda device: 0
-            self.set_current_device = lambda device: None
-            self.get_device_capability = lambda device: (9, 0)
 
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", 90, 32)
 
     driver.set_active(StubDriver())
     return stub
+
+
+def launched(stub: ctypes.CDLL) -> dict[str, int]:
+    """How often each kernel was started since this was last asked."""
+    count, found, place = ctypes.c_int(), {}, 0
+    while (name := stub.stub_kernel(place, ctypes.byref(count))) is not None:
+        found[name.decode()] = count.value
+        place += 1
+    stub.stub_reset()
+    return {name: times for name, times in found.items() if times}
+
+
+def binaries() -> int:
+    """Compiled kernels of this process."""
+    from triton.runtime.jit import JITFunction
+
+    modules = (kernels.exp_gemm, kernels.rows, kernels.pairs)
+    functions = (value for module in modules for value in vars(module).values() if isinstance(value, JITFunction))
+    return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
+
+
+def call(
+    batch: dict[str, int],
+    dtype: torch.dtype = HALF,
+    features: int = 128,
+    vocab: int = 1000,
+    bias: bool = False,
+    frozen: tuple[str, ...] = (),
+    form: Any = None,
+    function: Callable[..., Any] = orpo_loss,
+    **options: Any,
+) -> None:
+    case = make(dtype, features=features, vocab=vocab, bias=bias, **batch)
+    for name in frozen:
+        case.tensors[name].requires_grad_(False)
+    other = None if form is None else config("sm_90", dtype)._replace(form=form)
+    backend = Recorder(arch="sm_90", config=other)
+    out = function(case.hidden, case.weight, case.labels, bias=case.bias, backend=backend, **options)
+    loss = out.sum() if isinstance(out, torch.Tensor) else out.loss
+    if loss.requires_grad:
+        loss.backward()
+
+
+def host_microseconds(repeats: int = 50) -> float:
+    """Python's time from the end of the wait for the counts to the launch of E's GEMM, the least of some calls.
+
+    On a GPU that is what the device has to bridge. What the plain torch of this module does meanwhile is not in it.
+    """
+    wait, launch, compact = targets._on_host, kernels.exp_gemm.exp_gemm_tma, targets.compact
+    marks, times, known = {}, [], []
+
+    def waited(*arguments: Any) -> Any:
+        found = wait(*arguments)
+        marks["waited"] = time.perf_counter()
+        return found
+
+    def again(*arguments: Any) -> Any:
+        if not known:
+            known.append(compact(*arguments))
+        return known[0]
+
+    def started(*arguments: Any) -> None:
+        launch(*arguments)
+        times.append(time.perf_counter() - marks["waited"])
+
+    with (
+        mock.patch.object(targets, "_on_host", waited),
+        mock.patch.object(targets, "compact", again),
+        mock.patch.object(kernels.exp_gemm, "exp_gemm_tma", started),
+    ):
+        for _ in range(repeats):
+            call({"pairs": 16, "length": 12})
+    return 1e6 * min(times)
+
+
+def refuses() -> list[str]:
+    """Tensor maps that a real driver does not take, of those tried: else the calls above would prove little."""
+    from triton.runtime import driver
+
+    def encode(address: int = 0, box: tuple[int, int] = (128, 64), stride: int = 128) -> None:
+        driver.active.utils.fill_tma_descriptor_tiled(address, 3, 2, 10, box, (1000, 128), (stride, 1), 0)
+
+    tried: dict[str, dict[str, Any]] = {
+        "none": {},
+        "address": {"address": 8},
+        "rows of a box": {"box": (512, 64)},
+        "bytes of a box's row": {"box": (128, 128)},
+        "stride": {"stride": 132},
+    }
+    found = []
+    for name, options in tried.items():
+        try:
+            encode(**options)
+        except RuntimeError:
+            found.append(name)
+    return found
+
+
+def main() -> None:
+    stub = load()
+    found: dict[str, Any] = {}
+    with mock.patch.object(kernels.exp_gemm, "_cores", return_value=CORES):
+        for name, options in KINDS.items():
+            compiled, started = [], []
+            for batch in BATCHES:
+                before = binaries()
+                call(batch, **options)
+                compiled.append(binaries() - before)
+                started.append(launched(stub))
+            found[name] = {"compiled": compiled, "launched": started}
+        host = host_microseconds()
+    json.dump({"kinds": found, "host_microseconds": host, "refuses": refuses()}, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
