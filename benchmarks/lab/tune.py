@@ -74,6 +74,11 @@ class Candidate(NamedTuple):
     tile: Tile
     capped: bool
 
+    def config(self) -> Config:
+        """What runs this form and tile alone."""
+        form, tile, _ = self
+        return Config(form, tile, tile, tile, tile)
+
     def __str__(self) -> str:
         n, v, h, warps, stages, group, parts, flatten, programs = self.tile
         marks = (" flat" if flatten else "") + (f" x{programs}" if programs > 1 else "")
@@ -98,7 +103,7 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
     """What could run on a chip: the shipped choice, then by how few of its settings another one changes."""
     interpreted = arch == "interpreter"
     row = config(arch, torch.float32 if interpreted else torch.bfloat16)
-    form, tile = row.choose(aligned=True, biased=False, capped=capped, features=WIDE)
+    form, tile = row.choose(mapped=True, biased=False, capped=capped, features=WIDE)
     shipped = Candidate(cast(Form, form), tile, capped)
     near: dict[Form, Tile | None] = {
         "tma": (row.tma_capped if capped else None) or row.tma,
@@ -208,7 +213,7 @@ def _start(candidate: Candidate) -> None:
     shift, exps = hidden.new_zeros(128, dtype=torch.float32), _new_exp_logits(128, 512, hidden)
     head = Head(weight, None, 1.0, 30.0 if candidate.capped else None)
     chunk = Chunk(hidden, torch.zeros(128, dtype=torch.int64, device="cuda"), head, shift)
-    backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
+    backend = TritonBackend(config=candidate.config())
     with suppress(Exception):
         backend._exp_logits(chunk, slice(0, 512), Out(exps, shift.new_empty(512 // candidate.tile.block_v, 128)))
 
@@ -246,7 +251,7 @@ def make_work(case: Case, device: torch.device) -> list[Work]:
 def measure(row: Row, candidate: Candidate, work: Work) -> Row:
     """The backend's own pass over the whole vocabulary with this candidate, checked, then timed against the plain
     product in turn."""
-    backend = TritonBackend(config=Config(candidate.form, *[candidate.tile] * 4))
+    backend = TritonBackend(config=candidate.config())
     hidden, head = work.hidden, work.head
     if backend._choose(hidden, head) != candidate[:2]:
         raise ValueError(f"rows of {hidden.shape[1]} features are not 16-byte aligned, so another form would run")

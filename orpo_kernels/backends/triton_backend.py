@@ -53,6 +53,7 @@ from orpo_kernels.targets import Columns, Pairs
 CHUNK_ROWS = 1024  # fewest rows of a chunk: one wave of 128 x 256 tiles over 4,096 features on a chip with 132 cores
 STREAM_ROWS = 8192  # most rows of one slice of E: enough for full waves of both products
 SLICE_TOKENS = 256  # the width of a slice is a multiple of this, and so of every tile
+SLICE_BYTES = (2 << 30) - 1  # of one slice of E, which every chip's tensor maps can describe
 PRODUCT_COLUMNS = 512  # fewest features of one product for the head's gradient
 
 
@@ -116,15 +117,10 @@ class TritonBackend(Backend):
         said = f"form {form}, tiles of {n} x {v}" + (f" x {h}" if h else "") + f" in {warps} warps"
         if tile.programs > 1:
             said += f", {tile.programs} programs a multiprocessor"
-        row, capped = self._row(rows), head.softcap is not None
-        if form != row.form and not _aligned(rows, head.weight):
-            said += (
-                f": rows of {rows.shape[1]} features do not begin at multiples of 16 bytes, which the form {row.form} "
-                f"asks for; pad H to a multiple of {16 // rows.element_size()} where that can be chosen"
-            )
-        elif form != row.form:
-            said += f": this chip has no {row.form} tile for " + ("a softcap" if capped else "it")
-            said += " and a bias" if capped and head.bias is not None else ""
+        row, capped, biased = self._row(rows), head.softcap is not None, head.bias is not None
+        if form != row.form:
+            lacks = ("a softcap" if capped else "it") + (" and a bias" if capped and biased else "")
+            said += f": {row.unmapped(rows, head.weight) or f'this chip has no {row.form} tile for {lacks}'}"
         return said
 
     # What the engine calls, in the order it does.
@@ -159,6 +155,9 @@ class TritonBackend(Backend):
         if store:
             row = features * hidden.element_size() + _sums_bytes(part.head.widest, part.head.softcap is not None)
             most = part.scratch // row
+            mapped = self._row(hidden).mapped
+            if exp_logits is not None and mapped is not None:
+                most = min(most, (mapped - 1) // (exp_logits.stride(0) * exp_logits.element_size()))
         with _on(hidden):
             for of in _chunks(n, most):
                 chunk = part._replace(rows=part.rows[of], ids=part.ids[of])
@@ -347,16 +346,12 @@ class TritonBackend(Backend):
     def _choose(self, hidden: Tensor, head: Head) -> tuple[str, Tile]:
         """The form and the tile of the GEMM of E for such matrices."""
         biased, capped, features = head.bias is not None, head.softcap is not None, hidden.shape[1]
-        aligned = _aligned(hidden, head.weight)
-        return self._row(hidden).choose(aligned=aligned, biased=biased, capped=capped, features=features)
+        row = self._row(hidden)
+        mapped = not row.unmapped(hidden, head.weight)
+        return row.choose(mapped=mapped, biased=biased, capped=capped, features=features)
 
     def _row(self, hidden: Tensor) -> Config:
         return self._given or config(self._arch or arch_of(hidden.device), hidden.dtype)
-
-
-def _aligned(*matrices: Tensor) -> bool:
-    """Whether all rows begin at multiples of 16 bytes, as TMA asks."""
-    return all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -398,7 +393,7 @@ def _sums_bytes(vocab: int, capped: bool) -> int:
 
 def _slice_width(bytes_per_token: int, vocab: int, room: int) -> int:
     """Tokens of a slice that fits half the room, in whole tiles; the least is one."""
-    return min(max(room // 2 // bytes_per_token // SLICE_TOKENS, 1) * SLICE_TOKENS, vocab)
+    return min(max(min(room // 2, SLICE_BYTES) // bytes_per_token // SLICE_TOKENS, 1) * SLICE_TOKENS, vocab)
 
 
 def _chunks(n: int, most: int) -> Iterator[slice]:

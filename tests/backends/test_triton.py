@@ -112,6 +112,29 @@ def test_overflowed_rows_in_a_later_slice(dtype: torch.dtype, workspace: int | N
         check(case, workspace_bytes=workspace)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's row of the table; no GPU takes it")
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_no_tensor_map_larger_than_a_chip_describes_rightly(workspace: int | None) -> None:
+    """E goes chunk by chunk of rows then, and a head that is too large takes another form."""
+    case, described = make(torch.float32, pairs=3, features=16, vocab=100), []
+    most = 1 + 20 * 128 * 4  # 20 rows of E, in whole chunks of 8: two of them
+    own = TritonBackend(config=config("interpreter", torch.float32)._replace(mapped=most))
+    gemm = kernels.exp_gemm.exp_gemm_tma
+
+    def watched(tile: Tile, chunk: Any, tokens: slice, out: Any) -> None:
+        described.append(out.exp_logits.shape[0])
+        gemm(tile, chunk, tokens, out)
+
+    with small_chunks(), mock.patch.object(kernels.exp_gemm, "exp_gemm_tma", watched):
+        check(case, backend=own, workspace_bytes=workspace)
+    assert len(described) > 1
+    assert max(described) <= 16
+    large = config("sm_100", torch.bfloat16)._replace(mapped=16 * 100 * 2)
+    said = TritonBackend(config=large).form(case.hidden.bfloat16(), Head(case.weight.bfloat16()))
+    assert "form pointer" in said
+    assert "more than the form tma describes on this chip" in said
+
+
 def test_biases_that_are_views() -> None:
     case = make(torch.float32, features=32, vocab=100)
     for bias in (torch.randn(100, 2, device=DEVICE)[:, 0], torch.tensor([0.5], device=DEVICE).expand(100)):

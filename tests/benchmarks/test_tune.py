@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter"])
 def test_the_shipped_tile_comes_first(arch: str, capped: bool) -> None:
     dtype = torch.float32 if arch == "interpreter" else torch.bfloat16
-    shipped = config(arch, dtype).choose(aligned=True, biased=False, capped=capped, features=4096)
+    shipped = config(arch, dtype).choose(mapped=True, biased=False, capped=capped, features=4096)
     found = tune.candidates(arch, capped=capped)
     assert found[0][:2] == shipped
     assert len(set(found)) == len(found)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -47,9 +48,10 @@ class Config(NamedTuple):
     tma_capped: Tile | None = None  # without a bias: both together run ``pointer_capped``
     narrow: Tile | None = None
     narrow_capped: Tile | None = None
+    mapped: int | None = None  # bytes from which on a tensor map of a matrix cannot be trusted
 
-    def choose(self, *, aligned: bool, biased: bool, capped: bool, features: int) -> tuple[str, Tile]:
-        """The form and the tile of a call whose matrices TMA can or cannot address."""
+    def choose(self, *, mapped: bool, biased: bool, capped: bool, features: int) -> tuple[str, Tile]:
+        """The form and the tile of a call whose matrices a tensor map can or cannot describe."""
         if self.form == "library":
             return "library", PASS
         narrow = features < NARROW[capped]
@@ -57,9 +59,22 @@ class Config(NamedTuple):
             tma = None if biased else (narrow and self.narrow_capped) or self.tma_capped
         else:
             tma = (narrow and self.narrow) or self.tma
-        if self.form == "tma" and aligned and tma is not None:
+        if self.form == "tma" and mapped and tma is not None:
             return "tma", tma
         return "pointer", self.pointer_capped if capped else self.pointer
+
+    def unmapped(self, *matrices: Tensor) -> str:
+        """Why no tensor map can describe one of the matrices, for people to read; nothing where one can."""
+        for matrix in matrices:
+            step, itemsize = matrix.stride(0) * matrix.element_size(), matrix.element_size()
+            if step % 16 or matrix.data_ptr() % 16:
+                return (
+                    f"rows of {matrix.shape[1]} features do not begin at multiples of 16 bytes, which the form "
+                    f"{self.form} asks for; pad H to a multiple of {16 // itemsize} where that can be chosen"
+                )
+            if self.mapped is not None and matrix.shape[0] * step >= self.mapped:
+                return f"{matrix.shape[0] * step >> 20} MiB are more than the form {self.form} describes on this chip"
+        return ""
 
 
 RECOMPUTE = Tile(32, 64, 32, warps=4, stages=2)
@@ -70,6 +85,10 @@ PASS = Tile(16, 256, 0, warps=4)
 # from 896 to 4,096 features, where the first loses 4 to 11 % to a plain product and the second what 143 features cost
 # (390 with a softcap).
 NARROW = {False: 2048, True: 3072}
+
+# Under drivers up to 13.1 triton 3.7 finds a matrix's last byte in 32 bits, and clears a bit of its tensor map where
+# that is small, or negative. Hopper ignores the bit, Blackwell reads it.
+_MAPPED = 2 << 30
 
 # sm_90 by the clock (docs/log.md, entry 24). The others by the compiler: no spills, tensor cores, within shared memory
 # (docs/compiled.md).
@@ -90,7 +109,7 @@ SIXTEEN_BIT: dict[str, Config] = {
     "sm_80": _pointer(_AMPERE, 4),
     "sm_86": _pointer(_AMPERE._replace(stages=3), 4),  # and 8.9, 12.x: 99 KiB of shared memory
     "sm_90": Config("tma", _HOPPER_POINTER, _HOPPER_POINTER_CAPPED, _HOPPER, _HOPPER, _HOPPER_NARROW, _HOPPER_NARROW),
-    "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL),
+    "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL, mapped=_MAPPED),
     "gfx942": _pointer(_AMPERE._replace(stages=2), 1),
     "interpreter": Config("tma", _SMALL, _SMALL, _SMALL, _SMALL._replace(parts=4)),  # small enough to interpret
 }
