@@ -53,11 +53,11 @@ class Call:
     mean_weight: Tensor | None = None  # [H], the head's mean row, where mean logits are made of it
 
 
-def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
+def run(call: Call, hidden: Tensor, head: Head, expected: Tensor | None = None) -> tuple[Any, Grads]:
     """The plan, as far as it goes without an upstream gradient, for ``hidden [rows, H]``.
 
-    That is ``Losses`` and their gradients for an upstream gradient of 1; or for log-probabilities ``Found``, and what
-    of their gradients waits already.
+    That is ``Losses`` and their gradients for the upstream gradient ``expected``, or 1; or for log-probabilities
+    ``Found``, and what of their gradients waits already.
     """
     plan, backend, targets, given = call.plan, call.backend, call.targets, call.given
     store = plan.name == "store"
@@ -77,7 +77,8 @@ def run(call: Call, hidden: Tensor, head: Head) -> tuple[Any, Grads]:
         if given is None:
             return found, grads
         tables.append(backend.pair_terms(found, targets.pairs(*group), given))
-        backward(call, part, found, tables[-1].g, grads, accumulate=group.first > 0)
+        g = tables[-1].g if expected is None else tables[-1].g * expected
+        backward(call, part, found, g, grads, accumulate=group.first > 0)
         del found  # and E with it, before the next group's is allocated
     if several:
         final = (
@@ -190,7 +191,8 @@ class Fused(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, head: Head, call: Call
     ) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
-            result, grads = run(call, hidden.detach(), head.detached())
+            ctx.expected = _expected.get(_lane(hidden))
+            result, grads = run(call, hidden.detach(), head.detached(), ctx.expected)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.numbers = call, head[2:5]
         late = call.given is None
@@ -213,13 +215,15 @@ class Fused(torch.autograd.Function):
         with torch.autocast(upstream.device.type, enabled=False):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.
-            (found, grads), ctx.ready = ctx.ready or run(call, hidden, head), None
+            (found, grads), ctx.ready = ctx.ready or run(call, hidden, head, ctx.expected), None
             if call.given is None:
                 grads = late_grads(call, hidden, head, found, grads, upstream)
             else:
+                left = upstream if ctx.expected is None else upstream / ctx.expected
                 for grad in grads:
                     if grad is not None:
-                        call.backend.scale(grad, upstream)
+                        call.backend.scale(grad, left)
+                _expect(upstream)
         if head.shard is not None:
             head.shard.finish(grads.hidden)
         inputs = hidden, head.trained, bias
@@ -227,6 +231,25 @@ class Fused(torch.autograd.Function):
         if tail is None:
             return *of, None, None, None
         return of.hidden, None, of.bias, of.weight, None, None
+
+
+# The last upstream gradient of a device, or of its stream, rounded to a power of two. A trainer divides every loss by
+# the steps it accumulates, or multiplies it by a loss scale: with that in ``g`` from the start, backward finds
+# nothing left to scale, and need not read and write the head's gradient. A power of two rounds nothing, so no bit of
+# a result depends on what was expected.
+_expected: dict[Any, Tensor] = {}
+EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
+EXPECTED = 2.0**-8, 2.0**24  # coefficients of overflowed rows reach down to e^-60, and shall not leave float32
+
+
+def _expect(upstream: Tensor) -> None:
+    integer, bits = EXPONENT[upstream.dtype]
+    _expected[_lane(upstream)] = (upstream.view(integer) & bits).view(upstream.dtype).clamp(*EXPECTED)
+
+
+def _lane(tensor: Tensor) -> Any:
+    """Where what one call leaves is there for the next without waiting for it."""
+    return torch.cuda.current_stream(tensor.device) if tensor.device.type == "cuda" else tensor.device
 
 
 def refuse_second_derivatives() -> None:

@@ -77,8 +77,8 @@ class Tiles:
             if sum_exp is not None:
                 sum_exp += sum_rows(tile, sum_exp.dtype)
             return tile
-        # With u = exp(-2z / cap) and d = 2 / (1 + u) the capped logit is cap (1 - u) d / 2: as cap (d - 1) it would
-        # lose what is small. The slope is u d^2: as 1 - tanh^2 it would cancel where tanh saturates. u stops at e^80, where
+        # With u = exp(-2z / cap) and d = 2 / (1 + u) the capped logit is cap (1 - u) d / 2, as cap (d - 1) would lose
+        # what is small, and its slope u d^2, as 1 - tanh^2 would cancel where tanh saturates. u stops at e^80, where
         # tanh has long been -1.
         u = logits.to(self.shift.dtype).mul_(-2 / softcap).clamp_(max=80).exp_()
         d = torch.add(0.5, u, alpha=0.5).reciprocal_()

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels import explain, linear_logprobs, orpo_loss, reference
-from orpo_kernels.backends import torch_backend, torch_tiles
+from orpo_kernels import engine, explain, linear_logprobs, orpo_loss, reference
+from orpo_kernels.backends import select, torch_backend, torch_tiles
 from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.loss import preference_of_head
 from orpo_kernels.objectives import ORPO
@@ -178,6 +178,33 @@ def test_confident_model_keeps_its_precision() -> None:
 @pytest.mark.parametrize("upstream", [0.25, 1.0, 3.0])
 def test_upstream_scale(backend: str, dtype: torch.dtype, upstream: float) -> None:
     check(make(dtype, bias=True), upstream, backend=backend)
+
+
+@every_run
+def test_no_bit_depends_on_the_upstream_gradient_before(backend: str, dtype: torch.dtype) -> None:
+    case = make(dtype, bias=True)
+    case.backend = backend
+    engine._expected.clear()
+    known = case.grads(case.ours().loss, 0.375)
+    for before in (1 / 3, -(2.0**16), 1e-30, float("nan")):
+        case.grads(case.ours().loss, before)
+        for name, grad in case.grads(case.ours().loss, 0.375).items():
+            assert torch.equal(grad, known[name]), (before, name)
+
+
+@every_run
+def test_a_power_of_two_upstream_leaves_nothing_to_scale(backend: str, dtype: torch.dtype) -> None:
+    """Backward multiplies by 1, which no backend touches a gradient for, from the second step on."""
+    case = make(dtype)
+    case.backend = backend
+    engine._expected.clear()
+    kind = type(select(backend, case.hidden.device, dtype))
+    found = []
+    for _ in range(3):
+        with mock.patch.object(kind, "scale", autospec=True, side_effect=kind.scale) as scale:
+            case.grads(case.ours().loss, 0.125)
+        found.append({float(call.args[2]) for call in scale.call_args_list})
+    assert found == [{0.125}, {1.0}, {1.0}]
 
 
 def test_float16_gradients_wait_for_the_loss_scale() -> None:
