@@ -35,7 +35,9 @@ FINEST = 16  # tokens: no search is narrowed below this
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # on a GPU as published models are, and as Transformers loads them
 LONGEST_LIMIT = {"cuda": 65536, "cpu": 1024}
 STEPS, SECONDS = 10, 480.0
-CHECKPOINTING = "checkpointing"
+CHECKPOINTING, COMPILED = "checkpointing", "torch.compile"
+SETTINGS = ("", CHECKPOINTING, COMPILED)
+COMPILER = "inductor"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
@@ -80,7 +82,8 @@ def plan(models: Sequence[str] | None, device: str, steps: int, longest_limit: i
         )
     return [
         Row(model, MODELS[model].batch, "", "trainable", DTYPES[device], what, variant, task="train", setting=setting)
-        for model, setting, what, variant in product(chosen, ("", CHECKPOINTING), WHATS, VARIANTS)
+        for model, setting, what, variant in product(chosen, SETTINGS, WHATS, VARIANTS)
+        if (setting, what) != (COMPILED, "longest")  # every length would compile anew
     ], limit
 
 
@@ -206,6 +209,8 @@ def train(row: Row, device: str, pairs: Sequence[Pair], steps: int, until: float
             bf16=device == "cuda",  # TRL's autocast
             use_cpu=device == "cpu",
             gradient_checkpointing=row.setting == CHECKPOINTING,
+            torch_compile=row.setting == COMPILED,
+            torch_compile_backend=COMPILER if row.setting == COMPILED else None,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -275,8 +280,8 @@ def _tokens(pairs: Iterable[Pair]) -> int:
 
 
 def names(row: Row) -> dict[str, str]:
-    """Model, gradient checkpointing and variant, for people."""
-    return {"model": row.case, "ckpt": "on" if row.setting else "off", "variant": row.provider}
+    """Model, setting and variant, for people."""
+    return {"model": row.case, "setting": row.setting or "plain", "variant": row.provider}
 
 
 def plan_table(rows: Iterable[Row], steps: int, limit: int) -> pd.DataFrame:
@@ -296,7 +301,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
     known = {(row.case, row.setting, row.provider, row.phase): row for row in rows}
     lines = []
     for row in (row for row in rows if row.phase == "step"):
-        longest = known[row.case, row.setting, row.provider, "longest"].figures
+        longest = known.get((row.case, row.setting, row.provider, "longest"), row).figures
         stock = known[row.case, row.setting, "stock", "step"]
         ratio = stock.median_ms / row.median_ms if stock.median_ms and row.median_ms else None
         figures = {
