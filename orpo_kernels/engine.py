@@ -27,6 +27,7 @@ from orpo_kernels.backends import (
     acc_dtype,
     grad_dtype,
     select,
+    uncast,
 )
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan
 from orpo_kernels.settings import Head, Needs
@@ -164,7 +165,7 @@ def mean_logit(hidden: Tensor, head: Head, backend: str = "auto") -> Tensor:
     if hidden.shape[0] == 0:
         return torch.zeros((), dtype=acc_dtype(hidden.dtype), device=hidden.device)
     chosen = select(backend, hidden.device, hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with uncast(hidden.device):
         if head.softcap is None:
             mean = hidden.mean(0, dtype=acc_dtype(hidden.dtype))
             bias = 0.0 if head.bias is None else _mean(head.bias, mean.dtype)
@@ -189,7 +190,7 @@ class Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, head: Head, call: Call
     ) -> Any:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with uncast(hidden.device):
             result, grads = run(call, hidden.detach(), head.detached())
         ctx.set_materialize_grads(False)
         ctx.call, ctx.numbers = call, head[2:5]
@@ -210,7 +211,7 @@ class Fused(torch.autograd.Function):
         call = ctx.call
         hidden, weight, bias, tail = ctx.saved_tensors
         hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers)._replace(tail=tail).detached()
-        with torch.autocast(upstream.device.type, enabled=False):
+        with uncast(upstream.device):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.
             (found, grads), ctx.ready = ctx.ready or run(call, hidden, head), None

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.backends import Backend, Grads, acc_dtype, select, slices
+from orpo_kernels.backends import Backend, Grads, acc_dtype, select, slices, uncast
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.symbols import Map, Term
 from orpo_kernels.integrations.lazy.tables import Table
@@ -207,9 +207,9 @@ class Root:
         self.hints[rows] = ids
 
     def table(self, mapping: Map) -> Table:
-        key, twice = mapping.key, mapping.times(2.0)
+        key = mapping.key
         if key not in self.tables:
-            self.tables[key] = Table(self, mapping)
+            self.tables[key], twice = Table(self, mapping), mapping.times(2.0)
             if twice is not None and twice.key in self.tables:  # from the next batch on one pass is for both
                 self.site.moments.setdefault(mapping.kind, set()).add("lse2")
         return self.tables[key]
@@ -298,7 +298,7 @@ class Root:
         weights = inputs.weight, inputs.bias
         if self._is_gone(inputs.weight):  # what was saved is unpacked once, and that may be before it is gathered
             weights = self._gathered(inputs.weight.dtype)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), uncast(self.device):
             terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):
