@@ -37,7 +37,7 @@ class _Sums:
     def zero(self, first: int = 0) -> None:
         """Set the head's gradients to 0 from token ``first`` on."""
         for grad in self.grads[1:]:
-            if grad is not None:
+            if grad is not None and first < grad.shape[0]:
                 grad[first:].zero_()
 
     def widen(self) -> None:
@@ -159,7 +159,7 @@ class Sparse(_Sums):
         for of in groups:
             rows = rest[of]
             part = table.part(rows, head, cost(rows.numel()).budget)
-            waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype))
+            waiting = torch.empty_like(part.hidden, dtype=grad_dtype(part.hidden.dtype))
             into = into._replace(hidden=waiting if self.hidden is not None else None)
             found = backend.forward(part, into, store=True)
             backend.backward(part, found, g[rows], into, accumulate=written)

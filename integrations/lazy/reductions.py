@@ -102,14 +102,15 @@ def _expected(x: LazyLogits, operation: str, *, log: bool = False) -> Tensor:
     rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
-    expected = table.moment(rows, "expected", follows=_follows(x))
+    follows = _follows(x)
+    values = -table.moment(rows, "entropy", follows=follows) if log else table.moment(rows, "expected", follows=follows)
+    expected = table.moment(rows, "expected") if log and follows else values
     own = 0.0 if log else 1.0  # the derivatives differ by that of the log-sum-exp
 
     def terms(g: Tensor) -> Terms:
         softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (own - expected))
         return {view.mapping.key: Term(view.mapping, softmax=softmax, weighted=_spread(view, rows, g))}
 
-    values = -table.moment(rows, "entropy") if log else expected
     return _number(x, operation, values.view(view.rows.shape), terms)
 
 

@@ -204,7 +204,7 @@ class Root:
         """These ``ids [k]`` are what a loss wants to know of ``rows [k]``."""
         if self.hints is None:
             self.hints = torch.full_like(self.rows, -1)
-        self.hints[rows] = ids
+        self.hints.index_copy_(0, rows, ids)
 
     def table(self, mapping: Map) -> Table:
         key = mapping.key
@@ -216,8 +216,8 @@ class Root:
 
     def table_of_half(self, mapping: Map) -> Table | None:
         """That of half the values, which some consumer reads too: its log-sum-exps of twice its values are these."""
-        half = mapping.times(0.5)
-        if half is None or mapping.key in self.tables:
+        half = None if mapping.key in self.tables else mapping.times(0.5)
+        if half is None:
             return None
         known = half.key in self.tables or "lse2" in self.site.moments.get(half.kind, ())
         return self.table(half) if known else None
@@ -225,7 +225,8 @@ class Root:
     def head(self, mapping: Map, weights: tuple[Tensor, Tensor | None] | None = None) -> Head:
         """The map from ``hidden_of(mapping)`` to the values."""
         weight, bias = weights or self.weights()
-        weight, bias = weight[: mapping.vocab], None if bias is None else bias[: mapping.vocab]
+        if mapping.vocab < weight.shape[0]:
+            weight, bias = weight[: mapping.vocab], None if bias is None else bias[: mapping.vocab]
         if mapping.bias is not None:
             bias = mapping.bias.to(weight) if bias is None else bias + mapping.bias.to(bias)
         return Head(weight, bias, mapping.scale, mapping.softcap)

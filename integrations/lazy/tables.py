@@ -206,7 +206,7 @@ class Table:
         )
         # A trainable head whose E does not fit is computed again in backward: the rows that have a gradient.
         prepared, store = plan.name in ("frozen", "store"), plan.name == "store"
-        waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
+        waiting = torch.empty_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
         part = part._replace(scratch=plan.scratch_budget, moments=root.site.moments.get(self.mapping.kind, ()))
         with torch.no_grad(), uncast(part.hidden.device):
             try:

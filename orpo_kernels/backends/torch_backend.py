@@ -327,7 +327,7 @@ def _scaled(hidden: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """``k * hidden`` and ``k``, the right operands of the head's two products."""
     scaled = torch.empty_like(hidden)
     for of in slices(hidden.shape[0], 1024):
-        scaled[of] = coefficients[of, None] * hidden[of]
+        torch.mul(coefficients[of, None], hidden[of], out=scaled[of])
     return scaled, coefficients.to(hidden.dtype)[:, None]
 
 
@@ -335,7 +335,7 @@ def _label_logits(hidden: Tensor, ids: Tensor, head: Head, acc: torch.dtype) -> 
     """``scale * (h . W_y + b_y)`` per target, in the accumulation dtype."""
     raw = torch.empty(ids.shape, dtype=acc, device=hidden.device)
     for of in slices(ids.numel(), 1024):
-        raw[of] = (hidden[of].to(acc) * head.weight[ids[of]].to(acc)).sum(-1)
+        torch.sum(hidden[of].to(acc) * head.weight[ids[of]].to(acc), -1, out=raw[of])
     if head.bias is not None:
         raw += head.bias[ids].to(acc)
     return raw if head.logit_scale == 1 else raw * head.logit_scale
