@@ -27,6 +27,7 @@ from orpo_kernels.backends import (
     acc_dtype,
     grad_dtype,
     select,
+    uncast,
 )
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan
 from orpo_kernels.settings import Head, Needs
@@ -165,7 +166,7 @@ def mean_logit(hidden: Tensor, head: Head, backend: str = "auto") -> Tensor:
     if hidden.shape[0] == 0:
         return torch.zeros((), dtype=acc_dtype(hidden.dtype), device=hidden.device)
     chosen = select(backend, hidden.device, hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with uncast(hidden.device):
         if head.softcap is None:
             mean = hidden.mean(0, dtype=acc_dtype(hidden.dtype))
             bias = 0.0 if head.bias is None else _mean(head.bias, mean.dtype)
@@ -190,7 +191,7 @@ class Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, head: Head, call: Call
     ) -> Any:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with uncast(hidden.device):
             ctx.expected = _expected.get(_lane(hidden))
             result, grads = run(call, hidden.detach(), head.detached(), ctx.expected)
         ctx.set_materialize_grads(False)
@@ -212,7 +213,7 @@ class Fused(torch.autograd.Function):
         call = ctx.call
         hidden, weight, bias, tail = ctx.saved_tensors
         hidden, head = hidden.detach(), Head(weight, bias, *ctx.numbers)._replace(tail=tail).detached()
-        with torch.autocast(upstream.device.type, enabled=False):
+        with uncast(upstream.device):
             # A second backward (retain_graph=True) finds nothing and computes again, rather than scaling what may
             # already be somebody's .grad.
             (found, grads), ctx.ready = ctx.ready or run(call, hidden, head, ctx.expected), None

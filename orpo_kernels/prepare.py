@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import checks
-from orpo_kernels.backends import GivenPairs, acc_dtype, select
+from orpo_kernels.backends import GivenPairs, acc_dtype, select, uncast
 from orpo_kernels.engine import Call
 from orpo_kernels.plan import Plan, choose
 from orpo_kernels.settings import Batch, Head, Needs, Settings, checked, checked_head
@@ -139,7 +139,7 @@ def prepare(
 
     def meanwhile() -> None:
         if not plan_only and head.softcap is None:
-            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            with torch.no_grad(), uncast(hidden.device):
                 means.append(backend.mean_weight(head.weight.detach()))
 
     sizes, table, of_sequences = pair_sizes(labels, head.whole_vocab, ignore, count, group, meanwhile)

@@ -122,15 +122,17 @@ def _vocab_last(x: LazyLogits, own: Tensor) -> Tensor:
 
 def scale(x: LazyLogits, view: View, factor: float | Tensor) -> LazyLogits:
     """Let ``x`` stand for ``view``, which is it times a number, or one for each row."""
-    slots = x.view_of.slots()
-    each = factor.squeeze(-1).expand(slots.shape) if isinstance(factor, Tensor) else factor
-    edit = Edit(slots, each, view.mapping.vocab, view.graph if x.requires_grad else None)
-    for other in sharing(x):
-        _follow(other, edit)
-    for column, tensor in _alive(x):
-        with torch.set_grad_enabled(x.requires_grad):
-            tensor.mul_(_factors(column.slots, edit, tensor.dtype))
-        _known(x, column, tensor)
+    others, columns = sharing(x), _alive(x)
+    if others or columns:
+        slots = x.view_of.slots()
+        each = factor.squeeze(-1).expand(slots.shape) if isinstance(factor, Tensor) else factor
+        edit = Edit(slots, each, view.mapping.vocab, view.graph if x.requires_grad else None)
+        for other in others:
+            _follow(other, edit)
+        for column, tensor in columns:
+            with torch.set_grad_enabled(x.requires_grad):
+                tensor.mul_(_factors(column.slots, edit, tensor.dtype))
+            _known(x, column, tensor)
     return in_place(x, view)
 
 

@@ -71,7 +71,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return change(torch.Tensor.copy_, "out=", out, (call(func, args, kwargs),), {})
     if out is not None:
         kwargs = {**kwargs, "out": out}
-    if name in raised_by_autocast(lazies):
+    if name in RAISED["cuda"] and name in raised_by_autocast(lazies):  # the first has all of them
         args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, _in_float32, (args, kwargs))
     if name in HANDLERS and not any(x.changed or x.shown for x in lazies) and kwargs.get("out") is None:
         with _outside_inference():
@@ -103,10 +103,8 @@ def _lazies(values: Iterable[Any]) -> list[LazyLogits]:
     for value in values:
         if isinstance(value, LazyLogits):
             found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _lazies(value)
-        elif isinstance(value, dict):
-            found += _lazies(value.values())
+        elif isinstance(value, list | tuple | dict):
+            found += _lazies(value.values() if isinstance(value, dict) else value)
     return found
 
 

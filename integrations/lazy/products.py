@@ -14,7 +14,7 @@ from torch import Tensor
 from orpo_kernels.backends import Cost, Grads, grad_dtype, slices
 from orpo_kernels.integrations.lazy.rows import SPARSE_ROWS, Root
 from orpo_kernels.integrations.lazy.symbols import Map, Term
-from orpo_kernels.integrations.lazy.tables import Table
+from orpo_kernels.integrations.lazy.tables import Table, put, take
 from orpo_kernels.plan import DEFAULT_WORKSPACE
 from orpo_kernels.settings import Head
 
@@ -28,17 +28,24 @@ class _Sums:
         self.root, (self.weight, self.bias) = root, weights
         dtype = grad_dtype(root.hidden.dtype)
         self.hidden = torch.zeros_like(root.hidden, dtype=dtype) if root.needs.hidden else None
+        # The head's are as large as it is, and most are written by a backend, so nothing is in them yet.
         shape, of_weight = (self.weight.shape[0], root.trained), grad_dtype(root.trained_dtype)
-        self.grad_weight = self.weight.new_zeros(shape, dtype=of_weight) if root.needs.weight else None
+        self.grad_weight = self.weight.new_empty(shape, dtype=of_weight) if root.needs.weight else None
         self.share = root.trained / self.weight.shape[1]  # of a product of the head's size, the weight's gradient's
-        self.grad_bias = torch.zeros_like(self.bias, dtype=dtype) if root.needs.bias and self.bias is not None else None
+        self.grad_bias = torch.empty_like(self.bias, dtype=dtype) if root.needs.bias and self.bias is not None else None
+
+    def zero(self, first: int = 0) -> None:
+        """Set the head's gradients to 0 from token ``first`` on."""
+        for grad in self.grads[1:]:
+            if grad is not None and first < grad.shape[0]:
+                grad[first:].zero_()
 
     def widen(self) -> None:
         """Let several parts of the head's gradients meet in the accumulation dtype; nothing is in them yet."""
         if self.grad_weight is not None:
-            self.grad_weight = torch.zeros_like(self.grad_weight, dtype=self.root.acc)
+            self.grad_weight = torch.empty_like(self.grad_weight, dtype=self.root.acc)
         if self.grad_bias is not None:
-            self.grad_bias = torch.zeros_like(self.grad_bias, dtype=self.root.acc)
+            self.grad_bias = torch.empty_like(self.grad_bias, dtype=self.root.acc)
 
     @property
     def grads(self) -> Grads:
@@ -82,6 +89,8 @@ class Sparse(_Sums):
     """Terms of softmax under one map, of entries and of constants: the products are the backend's."""
 
     def backward(self, terms: Sequence[Term]) -> Grads:
+        if all(term.softmax is None for term in terms):
+            self.zero()
         for term in sorted(terms, key=lambda term: term.softmax is None):  # the backend writes, the others add
             entries = list(term.entries)
             if term.softmax is not None:
@@ -99,24 +108,27 @@ class Sparse(_Sums):
 
         For a log-probability's own gradient nothing is left, exactly.
         """
-        table.compute(torch.nonzero(softmax).view(-1))
+        wanted = torch.nonzero(softmax).view(-1)
+        if not wanted.numel():
+            self.zero()
+            return entries
+        table.compute(wanted)
         left = softmax.clone()
         others = []
         for rows, ids, values in entries:
-            ours = table.ids[rows] == ids
-            left.index_add_(0, rows, torch.where(ours, values, 0).to(left.dtype))
-            some = torch.nonzero(~ours & (values != 0)).view(-1)
-            if some.numel():
-                others.append((rows[some], ids[some], values[some]))
+            ours = table.ids[rows]
+            if not torch.equal(ours, ids):
+                some = torch.nonzero((ours != ids) & (values != 0)).view(-1)
+                if some.numel():
+                    others.append((rows[some], ids[some], values[some]))
+                    values = values.index_fill(0, some, 0)
+            left.index_add_(0, rows, values.to(left.dtype))
         some = torch.nonzero(left).view(-1)
         if some.numel():
             others.append((some, table.ids[some], left[some]))
         table.watch(softmax)
         g, head = -softmax, self.root.head(table.mapping, (self.weight, self.bias))
-        done = torch.zeros_like(table.known.mask)
-        for each in table.passes:
-            done[each.rows] = True
-        rest = torch.nonzero((g != 0) & ~done).view(-1)
+        rest = table.unprepared(wanted)
         hidden, limit = self.root.hidden_of(table.mapping), self.root.site.workspace_bytes or DEFAULT_WORKSPACE
         backend = self.root.site.select(hidden)
 
@@ -138,7 +150,7 @@ class Sparse(_Sums):
             each = table.passes.pop(0)
             into = into._replace(hidden=each.waiting if self.hidden is not None else None)
             part = each.part._replace(head=head)
-            backend.backward(part, each.found, g[each.rows], into, accumulate=written)
+            backend.backward(part, each.found, take(g, each.rows), into, accumulate=written)
             self._add_hidden(table.mapping, each.rows, each.waiting)
             written = True
             self.root.count(each.rows.numel() * (0 if each.plan.name == "frozen" else 1 + self.share))
@@ -147,7 +159,7 @@ class Sparse(_Sums):
         for of in groups:
             rows = rest[of]
             part = table.part(rows, head, cost(rows.numel()).budget)
-            waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype))
+            waiting = torch.empty_like(part.hidden, dtype=grad_dtype(part.hidden.dtype))
             into = into._replace(hidden=waiting if self.hidden is not None else None)
             found = backend.forward(part, into, store=True)
             backend.backward(part, found, g[rows], into, accumulate=written)
@@ -156,13 +168,14 @@ class Sparse(_Sums):
             of_weight = self.share * (self.grad_weight is not None)
             self.root.count(rows.numel() * (1 + (self.hidden is not None) + of_weight))
             del found  # and E with it, before the next group's is allocated
+        self.zero(head.vocab if written else 0)
         return others
 
     def _add_hidden(self, mapping: Map, rows: Tensor, grad: Tensor) -> None:
         if self.hidden is not None:
             if mapping.row_scale is not None:
                 grad = grad * mapping.row_scale[rows, None]
-            self.hidden.index_add_(0, rows, grad.to(self.hidden.dtype))
+            self.hidden = put(self.hidden, rows, grad.to(self.hidden.dtype))
 
 
 class Dense(_Sums):
@@ -172,6 +185,7 @@ class Dense(_Sums):
         rows = torch.nonzero(torch.stack([term.touched(self.root.rows.numel()) for term in terms]).any(0)).view(-1)
         place = torch.full_like(self.root.rows, -1)
         place[rows] = torch.arange(rows.numel(), device=rows.device)
+        self.zero()
         head = Head(self.weight, self.bias)
         needs_logits = any(term.needs_logits for term in terms)
         dtype = torch.float32 if self.weight.dtype == torch.float16 else self.weight.dtype

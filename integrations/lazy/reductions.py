@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo_kernels.backends import uncast
 from orpo_kernels.integrations.lazy.nodes import ReduceNode
 from orpo_kernels.integrations.lazy.registry import handles, is_vocab, made, position
 from orpo_kernels.integrations.lazy.stand_in import LazyLogits
@@ -34,13 +35,13 @@ def _number(x: LazyLogits, operation: str, value: Tensor, terms: Callable[[Tenso
 
 def _follows(x: LazyLogits) -> bool:
     """Whether a gradient of what is asked of x may come back."""
-    return x.requires_grad and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and x.requires_grad
 
 
-def _spread(view: View, rows: Tensor, values: Tensor) -> Tensor:
-    """Values at rows ``[k]`` as a vector over the root's rows."""
+def _spread(view: View, rows: Tensor, values: Tensor, *, by: float = 1) -> Tensor:
+    """Values at rows ``[k]``, times a number, as a vector over the root's rows."""
     out = torch.zeros(view.root.rows.shape, dtype=view.root.acc, device=rows.device)
-    return out.index_add_(0, rows.reshape(-1), values.reshape(-1).to(out.dtype))
+    return out.index_add_(0, rows.reshape(-1), values.reshape(-1).to(out.dtype), alpha=by)
 
 
 def _entries(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def _logps(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Tensor:
 
     def terms(g: Tensor) -> Terms:
         g = g.reshape(-1).to(view.root.acc)
-        return {view.mapping.key: Term(view.mapping, softmax=-_spread(view, flat[0], g), entries=((*flat, g),))}
+        return {view.mapping.key: Term(view.mapping, softmax=_spread(view, flat[0], g, by=-1), entries=((*flat, g),))}
 
     return _number(x, operation, table.logps_of(*flat, follows=_follows(x)).view(rows.shape), terms)
 
@@ -101,34 +102,43 @@ def _expected(x: LazyLogits, operation: str, *, log: bool = False) -> Tensor:
     rows, table = view.rows.reshape(-1), view.root.table(view.mapping)
     if view.family is not None:
         table.expect(view.family.reshape(-1))
-    expected = table.moment(rows, "expected", follows=_follows(x))
+    follows = _follows(x)
+    values = -table.moment(rows, "entropy", follows=follows) if log else table.moment(rows, "expected", follows=follows)
+    expected = table.moment(rows, "expected") if log and follows else values
     own = 0.0 if log else 1.0  # the derivatives differ by that of the log-sum-exp
 
     def terms(g: Tensor) -> Terms:
         softmax = _spread(view, rows, g.reshape(-1).to(expected.dtype) * (own - expected))
         return {view.mapping.key: Term(view.mapping, softmax=softmax, weighted=_spread(view, rows, g))}
 
-    values = -table.moment(rows, "entropy") if log else expected
     return _number(x, operation, values.view(view.rows.shape), terms)
+
+
+def _check(x: LazyLogits, ids: Tensor, error: type[Exception], message: str) -> None:
+    """Raise where an id is no token, as torch does: on a GPU some time later."""
+    vocab = x.view_of.mapping.vocab
+    if x.device.type != "cpu":
+        torch._assert_async(((ids >= 0) & (ids < vocab)).all())
+    elif ids.numel():
+        low, high = (int(each) for each in ids.aminmax())
+        if low < 0 or high >= vocab:
+            raise error(message.format(low if low < 0 else high))
 
 
 def taken(x: LazyLogits, operation: str, rows: Tensor, ids: Tensor) -> Any:
     """What a stand-in has at ``rows``, ``ids`` of one shape, in its dtype."""
     view, ids = x.view_of, ids.long()
-    vocab = view.mapping.vocab
-    if ids.numel() and x.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
-        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        error = RuntimeError if operation == "gather" else IndexError  # as torch has them
-        raise error(f"index {wrong} is out of bounds for dimension {x.dim() - 1} with size {vocab}")
-    if x.device.type != "cpu":  # where a negative index would count from the end
-        torch._assert_async(((ids >= 0) & (ids < vocab)).all())
+    error = RuntimeError if operation == "gather" else IndexError  # as torch has them
+    size = f"dimension {x.dim() - 1} with size {view.mapping.vocab}"
+    _check(x, ids, error, "index {} is out of bounds for " + size)
     if view.kind == "logits":
         return _entries(x, operation, rows, ids).to(x.dtype)
     if view.kind in ("log_probs", "probs"):
-        logps = _logps(x, operation, rows, ids)
-        found = logps if view.kind == "log_probs" else logps.exp()
-        # A product also by 1, as exp keeps its result, which somebody may change in place.
-        return (found * view.factor).to(x.dtype)
+        found = _logps(x, operation, rows, ids)
+        if view.kind == "probs" or view.factor != 1:
+            # A product also by 1, as exp keeps its result, which somebody may change in place.
+            found = (found.exp() if view.kind == "probs" else found) * view.factor
+        return found.to(x.dtype)
     return NotImplemented
 
 
@@ -140,7 +150,9 @@ def _gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
         return NotImplemented
     if any(size > own for size, own in zip(index.shape[:-1], x.shape[:-1], strict=True)):
         return NotImplemented
-    rows = x.view_of.rows[tuple(slice(0, size) for size in index.shape[:-1])]
+    rows = x.view_of.rows
+    if index.shape[:-1] != rows.shape:
+        rows = rows[tuple(slice(0, size) for size in index.shape[:-1])]
     return taken(x, "gather", rows.unsqueeze(-1).expand(index.shape), index)
 
 
@@ -267,7 +279,7 @@ def _topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = Tr
         return NotImplemented
     rows = view.rows.reshape(-1)
     ids = torch.empty((rows.numel(), k), dtype=torch.int64, device=rows.device)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), uncast(x.device):
         for of, logits in view.root.logits(view.mapping, rows):
             ids[of] = logits.topk(k, -1, sorted=sorted).indices
     view.root.count(rows.numel())
@@ -322,25 +334,18 @@ def _token_losses(
         or reduction not in ("mean", "sum", "none")
     ):
         return NotImplemented
-    kept = target != ignore
-    rows, ids = view.rows[kept], target[kept]
-    vocab = view.mapping.vocab
-    if x.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
-        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise IndexError(f"Target {wrong} is out of bounds.")
-    if x.device.type != "cpu":
-        torch._assert_async(((ids >= 0) & (ids < vocab)).all())
+    flat = target.reshape(-1)
+    kept = torch.nonzero(flat != ignore).view(-1)
+    rows, ids = view.rows.reshape(-1)[kept], flat[kept]
+    _check(x, ids, IndexError, "Target {} is out of bounds.")
     losses = -_logps(x, name, rows, ids)
     if smoothing:
         some = made(x, view._replace(rows=rows, vocab_dim=-1))
         uniform = _lse(some, name) - _mean(some, name)
         losses = (1 - smoothing) * losses + smoothing * uniform
     if reduction == "none":
-        every = losses.new_zeros(target.shape)
-        every = every.masked_scatter(kept, losses)
-        return every.to(x.dtype)
-    total = losses.sum()
-    return (total / kept.sum() if reduction == "mean" else total).to(x.dtype)
+        return losses.new_zeros(flat.shape).index_copy(0, kept, losses).view(target.shape).to(x.dtype)
+    return (losses.mean() if reduction == "mean" else losses.sum()).to(x.dtype)
 
 
 @handles("kl_div")
@@ -363,7 +368,7 @@ def _kl_div(
     rows = view.rows.reshape(-1)
     flat = target.reshape(rows.numel(), view.mapping.vocab)
     losses = torch.zeros(rows.numel(), dtype=view.root.acc, device=rows.device)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), uncast(x.device):
         for of, logits in view.root.logits(view.mapping, rows):
             losses[of] = F.kl_div(
                 logits.log_softmax(-1), flat[of].to(logits), reduction="none", log_target=log_target

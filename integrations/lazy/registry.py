@@ -29,7 +29,7 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def made(x: LazyLogits, view: View) -> LazyLogits:
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not (torch.is_grad_enabled() and x.requires_grad):
         return LazyLogits(view)
     out: LazyLogits = ViewNode.apply(x, view)
     return out

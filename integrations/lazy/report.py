@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from orpo_kernels.plan import Plan
+
 # Frames of these are never where a user asked for the logits.
 OURS = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(torch.__file__)))
 
@@ -35,7 +37,7 @@ class Report:
     products: float = 0.0  # of the head's size, over all rows of a call, forward and backward
     chains: Counter[str] = field(default_factory=Counter)  # operations, from the head to what was computed
     materialised: list[Materialised] = field(default_factory=list)
-    plans: dict[str, str] = field(default_factory=dict)  # the last plan of each name, as ``explain`` prints it
+    plans: dict[str, Plan] = field(default_factory=dict)  # the last plan of each name
     notes: list[str] = field(default_factory=list)
 
     def reset(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.backends import Backend, Grads, acc_dtype, select, slices
+from orpo_kernels.backends import Backend, Grads, acc_dtype, select, slices, uncast
 from orpo_kernels.integrations.lazy.report import Report
 from orpo_kernels.integrations.lazy.symbols import Map, Term
 from orpo_kernels.integrations.lazy.tables import Table
@@ -204,20 +204,20 @@ class Root:
         """These ``ids [k]`` are what a loss wants to know of ``rows [k]``."""
         if self.hints is None:
             self.hints = torch.full_like(self.rows, -1)
-        self.hints[rows] = ids
+        self.hints.index_copy_(0, rows, ids)
 
     def table(self, mapping: Map) -> Table:
-        key, twice = mapping.key, mapping.times(2.0)
+        key = mapping.key
         if key not in self.tables:
-            self.tables[key] = Table(self, mapping)
+            self.tables[key], twice = Table(self, mapping), mapping.times(2.0)
             if twice is not None and twice.key in self.tables:  # from the next batch on one pass is for both
                 self.site.moments.setdefault(mapping.kind, set()).add("lse2")
         return self.tables[key]
 
     def table_of_half(self, mapping: Map) -> Table | None:
         """That of half the values, which some consumer reads too: its log-sum-exps of twice its values are these."""
-        half = mapping.times(0.5)
-        if half is None or mapping.key in self.tables:
+        half = None if mapping.key in self.tables else mapping.times(0.5)
+        if half is None:
             return None
         known = half.key in self.tables or "lse2" in self.site.moments.get(half.kind, ())
         return self.table(half) if known else None
@@ -225,7 +225,8 @@ class Root:
     def head(self, mapping: Map, weights: tuple[Tensor, Tensor | None] | None = None) -> Head:
         """The map from ``hidden_of(mapping)`` to the values."""
         weight, bias = weights or self.weights()
-        weight, bias = weight[: mapping.vocab], None if bias is None else bias[: mapping.vocab]
+        if mapping.vocab < weight.shape[0]:
+            weight, bias = weight[: mapping.vocab], None if bias is None else bias[: mapping.vocab]
         if mapping.bias is not None:
             bias = mapping.bias.to(weight) if bias is None else bias + mapping.bias.to(bias)
         return Head(weight, bias, mapping.scale, mapping.softcap)
@@ -298,7 +299,7 @@ class Root:
         weights = inputs.weight, inputs.bias
         if self._is_gone(inputs.weight):  # what was saved is unpacked once, and that may be before it is gathered
             weights = self._gathered(inputs.weight.dtype)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), uncast(self.device):
             terms = [term.trimmed() for term in terms]
             spread = [term for term in terms if term.softmax is not None]
             if len(spread) <= 1 and all(term.is_sparse for term in terms):

@@ -11,18 +11,21 @@ aliasing too: two views share memory, as eager logits would, exactly if their ``
 from __future__ import annotations
 
 import weakref
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from orpo_kernels.backends import uncast
 from orpo_kernels.integrations.lazy.rows import Inputs
 from orpo_kernels.integrations.lazy.symbols import Terms, View, added
 
 _aten = torch.ops.aten
 
 
-def _strides(shape: torch.Size) -> list[int]:
+@lru_cache(256)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
     """Strides under which the vocabulary is not contiguous.
 
     Libraries that launch a kernel of their own on logits look at the last stride first, and otherwise take the way of
@@ -32,7 +35,7 @@ def _strides(shape: torch.Size) -> list[int]:
     for size in shape[:-1]:
         strides.append(step)
         step *= max(size, 1)
-    return [*strides, max(step, 2)]
+    return *strides, max(step, 2)
 
 
 class Edit(NamedTuple):
@@ -255,7 +258,7 @@ def dense_grad(grad: LazyGrad) -> Tensor:
     out = torch.zeros((rows.numel(), view.mapping.vocab), dtype=view.dtype, device=rows.device)
     place = torch.full_like(root.rows, -1)
     place[rows] = torch.arange(rows.numel(), device=rows.device)
-    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+    with torch.no_grad(), uncast(rows.device):
         for of, raw in root.logits(root.identity, rows):
             total = torch.zeros_like(raw)
             for term in grad.terms.values():

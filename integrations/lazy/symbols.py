@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from orpo_kernels.backends import uncast
 from orpo_kernels.settings import Head
 
 if TYPE_CHECKING:
@@ -162,13 +163,15 @@ class Term:
         )
 
     def trimmed(self) -> Term:
-        """Without vectors of zeros: ``logits.sum() * 0`` asks for a gradient and no product."""
+        """Without vectors of zeros: ``logits.sum() * 0`` asks for a gradient and no product.
+
+        Those of softmax are left, as whoever multiplies by it looks for the rows that are not 0 anyway.
+        """
 
         def kept(vector: Tensor | None) -> Tensor | None:
             return vector if vector is not None and vector.any() else None
 
-        softmax, weighted, constant = kept(self.softmax), kept(self.weighted), kept(self.constant)
-        return replace(self, softmax=softmax, weighted=weighted, constant=constant)
+        return Term(self.mapping, self.softmax, kept(self.weighted), kept(self.constant), self.entries, self.dense)
 
     def touched(self, n: int) -> Tensor:
         """``[n]`` bool: the root's rows that have a gradient."""
@@ -255,9 +258,8 @@ class View(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        lead = list(self.rows.shape)
-        lead.insert(len(lead) if self.vocab_dim == -1 else self.vocab_dim, self.mapping.vocab)
-        return torch.Size(lead)
+        lead, vocab, at = self.rows.shape, self.mapping.vocab, self.vocab_dim
+        return torch.Size((*lead, vocab) if at == -1 else (*lead[:at], vocab, *lead[at:]))
 
     def after(self, operation: str, **changes: Any) -> View:
         """The view that an operation makes of this one."""
@@ -282,7 +284,7 @@ class View(NamedTuple):
         strides.insert(len(strides) if self.vocab_dim == -1 else self.vocab_dim, 1)
         out = torch.empty_strided(self.shape, strides, dtype=self.dtype, device=rows.device)
         flat = out.movedim(self.vocab_dim, -1).permute(*order, -1).view(rows.numel(), self.mapping.vocab)
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        with torch.no_grad(), uncast(rows.device):
             for of, logits in root.logits(self.mapping, rows):
                 flat[of] = (_of_kind(self.kind, logits) * self.factor).to(self.dtype)
         root.count(rows.numel())

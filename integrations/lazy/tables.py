@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from orpo_kernels.backends import Found, Grads, Moments, Part, grad_dtype
+from orpo_kernels.backends import Found, Grads, Moments, Part, grad_dtype, uncast
 from orpo_kernels.integrations.lazy.symbols import Map
 from orpo_kernels.plan import DEFAULT_WORKSPACE, Plan, choose
 from orpo_kernels.settings import Head, Needs
@@ -42,14 +42,25 @@ class Known:
         return self.count == self.mask.numel()
 
     def missing(self, rows: Tensor) -> Tensor:
-        """Those of ``rows [k]`` that are not known, each once."""
-        wanted = torch.zeros_like(self.mask)
-        wanted[rows] = True
-        return torch.nonzero(wanted & ~self.mask).view(-1)
+        """Those of ``rows [k]`` that are not known, each once and rising."""
+        if self.whole:
+            return rows[:0]
+        wanted = torch.zeros_like(self.mask).index_fill_(0, rows, True)
+        return torch.nonzero(wanted & ~self.mask if self.count else wanted).view(-1)
 
     def add(self, missing: Tensor) -> None:
-        self.mask[missing] = True
+        self.mask.index_fill_(0, missing, True)
         self.count += missing.numel()
+
+
+def put(every: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``every [N, ...]`` with ``values [n, ...]`` at ``rows [n]``, each once and rising: N of them are all."""
+    return values if rows.shape[0] == every.shape[0] else every.index_copy_(0, rows, values)
+
+
+def take(every: Tensor, rows: Tensor) -> Tensor:
+    """``every [N, ...]`` at such ``rows [n]``."""
+    return every if rows.shape[0] == every.shape[0] else every[rows]
 
 
 class Table:
@@ -60,7 +71,8 @@ class Table:
         self._root, self.mapping = weakref.ref(root), mapping  # weak, as the root owns its tables
         self.known = Known(n, root.device)
         self.ids = torch.zeros(n, dtype=torch.int64, device=root.device)
-        self.logps, self.labels = torch.zeros((2, n), dtype=root.acc, device=root.device)
+        self.logps = torch.zeros(n, dtype=root.acc, device=root.device)
+        self.lses = torch.zeros_like(self.logps)
         self.passes: list[Pass] = []
         self.family: Tensor | None = None
         self._moments: dict[str, tuple[Tensor, Known]] = {}  # by name: values, and of which rows
@@ -74,11 +86,11 @@ class Table:
     def logps_of(self, rows: Tensor, ids: Tensor, *, follows: bool = True) -> Tensor:
         """Log-probabilities of ``ids [k]`` at ``rows [k]``; ``follows`` as in ``compute``."""
         self.compute(rows, ids, follows=follows)
-        logps = self.logps[rows]
-        other = self.ids[rows] != ids
-        if other.any():  # a row whose log-sum-exp another label has brought
+        logps, labels = self.logps[rows], self.ids[rows]
+        if not torch.equal(labels, ids):  # rows whose log-sum-exp another label has brought
+            other = labels != ids
             rows, ids = rows[other], ids[other]
-            logps[other] = self.root.entries(self.mapping, rows, ids) - (self.labels[rows] - self.logps[rows])
+            logps[other] = self.root.entries(self.mapping, rows, ids) - self.lses[rows]
         return logps
 
     def expect(self, rows: Tensor) -> None:
@@ -89,31 +101,29 @@ class Table:
     def lse(self, rows: Tensor, *, follows: bool = True) -> Tensor:
         """Log-sum-exp at ``rows [k]``; ``follows`` as in ``compute``."""
         self.compute(rows, follows=follows)
-        return self.labels[rows] - self.logps[rows]
+        return self.lses[rows]
 
     def moment(self, rows: Tensor, name: str, *, follows: bool = True) -> Tensor:
         """A field of ``Moments`` at ``rows [k]``, computed with their log-sum-exp or, the first time, after it."""
-        self.root.meet()
         if not rows.numel():
+            self.root.meet()
             return (self.ids if name == "argmax" else self.logps)[rows]
         wanted = "expected" if name == "entropy" else name
         self.root.site.moments.setdefault(self.mapping.kind, set()).add(wanted)
         self.compute(rows, follows=follows)
         known = self._moments[name][1] if name in self._moments else Known(self.known.mask.numel(), rows.device)
-        missing = rows[:0] if known.whole else known.missing(rows)
+        missing = known.missing(rows)
         if missing.numel():
             part = self.part(missing)._replace(moments=(wanted,))
-            with torch.no_grad(), torch.autocast(part.hidden.device.type, enabled=False):
+            with torch.no_grad(), uncast(part.hidden.device):
                 self._keep(missing, self.root.site.select(part.hidden).moments(part))
             self.root.count(missing.numel())
         return self._moments[name][0][rows]
 
     def part(self, rows: Tensor, head: Head | None = None, scratch: int = DEFAULT_WORKSPACE) -> Part:
         """These rows ``[n]`` of the root and their labels, by themselves."""
-        hidden, every = self.root.hidden_of(self.mapping), self.root.rows
-        if rows.numel() < every.numel():
-            hidden = hidden[rows]
-        return Part(hidden, every[: rows.numel()], self.ids[rows], head or self.root.head(self.mapping), scratch)
+        hidden, ids = take(self.root.hidden_of(self.mapping), rows), take(self.ids, rows)
+        return Part(hidden, self.root.rows[: rows.numel()], ids, head or self.root.head(self.mapping), scratch)
 
     def _keep(self, rows: Tensor, found: Moments) -> None:
         for name, some in found._asdict().items():
@@ -122,10 +132,9 @@ class Table:
                     of = self.known.mask
                     self._moments[name] = some.new_zeros(of.shape), Known(of.numel(), of.device)
                 values, known = self._moments[name]
-                values[rows] = some
+                self._moments[name] = put(values, rows, some), known
                 known.add(rows)
 
-    @torch.no_grad()
     def compute(self, rows: Tensor, ids: Tensor | None = None, *, follows: bool = True) -> None:
         """One product for the rows that are not known yet, or what prepares their way back too.
 
@@ -147,14 +156,23 @@ class Table:
         if root.hints is None:
             self._pass(missing, prepare)
             return
-        hints = root.hints[missing]
-        self.ids[missing] = hints.clamp(0, self.mapping.vocab - 1)
+        hints = take(root.hints, missing)
+        self.ids = put(self.ids, missing, hints.clamp(0, self.mapping.vocab - 1))
         if filler is None or not prepare:
             self._pass(missing, prepare)
             return
         # What will be masked needs its value, as the loss reads it, and no way back.
         for some, gradient in ((hints != filler, True), (hints == filler, False)):
             self._pass(missing[some], gradient)
+
+    def unprepared(self, rows: Tensor) -> Tensor:
+        """Those of ``rows [k]`` whose way back no pass has prepared, each once and rising."""
+        if sum(each.rows.numel() for each in self.passes) == self.known.mask.numel():
+            return rows[:0]
+        prepared = Known(self.known.mask.numel(), rows.device)
+        for each in self.passes:
+            prepared.add(each.rows)
+        return prepared.missing(rows)
 
     def watch(self, g: Tensor) -> None:
         """Learn from the gradient ``[rows]`` of log-probabilities which token stands where the loss masks."""
@@ -188,9 +206,9 @@ class Table:
         )
         # A trainable head whose E does not fit is computed again in backward: the rows that have a gradient.
         prepared, store = plan.name in ("frozen", "store"), plan.name == "store"
-        waiting = torch.zeros_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
+        waiting = torch.empty_like(part.hidden, dtype=grad_dtype(part.hidden.dtype)) if prepared else None
         part = part._replace(scratch=plan.scratch_budget, moments=root.site.moments.get(self.mapping.kind, ()))
-        with torch.autocast(part.hidden.device.type, enabled=False):
+        with torch.no_grad(), uncast(part.hidden.device):
             try:
                 found = backend.forward(part, Grads(waiting, None, None), store=store)
             except Exception as error:
@@ -199,10 +217,11 @@ class Table:
         root.stored += plan.stored_bytes
         root.count(n * (1 + (plan.name == "frozen")))
         self.known.add(missing)
-        self.logps[missing] = found.logps
-        self.labels[missing] = root.entries(self.mapping, missing, part.ids)
+        labels = root.entries(self.mapping, missing, part.ids) if found.labels is None else found.labels
+        self.logps = put(self.logps, missing, found.logps)
+        self.lses = put(self.lses, missing, labels - found.logps)
         if found.moments is not None:
             self._keep(missing, found.moments)
         if waiting is not None:
             self.passes.append(Pass(missing, part, found._replace(moments=None), waiting, plan))
-        root.site.report.plans[plan.name] = str(plan)
+        root.site.report.plans[plan.name] = plan

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 gradients underflow before a loss scale is applied, so they wait for it in float32."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def uncast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off; where it is off, nothing, which costs less."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class Grads(NamedTuple):
@@ -94,49 +101,50 @@ class MomentSums:
     def __init__(self, shift: Tensor, wanted: Collection[str], head: Head) -> None:
         self.shift, self.wanted, self.vocab = shift, wanted, head.vocab
         self.masked = head.bias is not None  # whether a logit may be -inf
-        self.sums = shift.new_zeros(2, shift.shape[0])  # of exp(u - largest) and exp(u - largest) * (u - largest)
-        self.squares = torch.zeros_like(shift)  # of exp(u - largest)
-        self.total = torch.zeros_like(shift)
-        self.largest = torch.full_like(shift, torch.finfo(shift.dtype).min / 2)
-        self.argmax = torch.zeros_like(shift, dtype=torch.int64)
+        # Numbers until the first tile: what is not wanted takes no memory.
+        self.largest: Any = torch.finfo(shift.dtype).min / 2
+        self.exps: Any = 0.0  # sum of exp(u - largest)
+        self.weighted: Any = 0.0  # of exp(u - largest) * (u - largest)
+        self.squares: Any = 0.0  # of exp(u - largest)^2
+        self.total: Any = 0.0
+        self.argmax: Any = 0
         # Two tiles that every call uses again: fresh memory costs a CPU more than what is computed in it.
         self.tiles: Tensor | None = None
 
     def add(self, first: int, shifted: Tensor) -> None:
         """Take ``shifted [s, n]``, the logits u = z - shift of tokens ``first`` to ``first + s``."""
         if "mean" in self.wanted:
-            self.total += shifted.sum(0, dtype=self.shift.dtype)
+            self.total = self.total + shifted.sum(0, dtype=self.shift.dtype)
         if self.masked:  # a masked token has no part in the expectation: zero times a number that is finite
             shifted = shifted.clamp(min=torch.finfo(shifted.dtype).min / 4)
-        before = self.largest
+        before, exponentials = self.largest, not {"expected", "lse2"}.isdisjoint(self.wanted)
         if "argmax" in self.wanted:
             largest, place = shifted.max(0)
             self.argmax = torch.where(largest > before, place + first, self.argmax)
-            self.largest = torch.maximum(largest, before)
-        if not {"expected", "lse2"} & {*self.wanted}:
+        elif exponentials:
+            largest = shifted.amax(0)
+        else:
             return
-        if "argmax" not in self.wanted:
-            self.largest = torch.maximum(shifted.amax(0), before)
+        self.largest = largest.to(self.shift.dtype).clamp(min=before)
+        if not exponentials:
+            return
         if self.tiles is None or self.tiles.shape[1] < shifted.shape[0]:
             self.tiles = self.shift.new_empty(2, *shifted.shape)
         below, exps = self.tiles[:, : shifted.shape[0]]
         torch.exp(below.copy_(shifted).sub_(self.largest), out=exps)
         moved = before - self.largest
-        self.sums[1] += self.sums[0] * moved
-        self.sums *= moved.exp()
-        self.sums[0] += exps.sum(0)
+        factor = moved.exp()
         if "lse2" in self.wanted:
-            self.squares *= (2 * moved).exp()
-            self.squares += torch.linalg.vector_norm(exps, dim=0).square()
+            self.squares = self.squares * factor.square() + torch.linalg.vector_norm(exps, dim=0).square()
         if "expected" in self.wanted:
-            self.sums[1] += exps.mul_(below).sum(0)
+            weighted, self.exps = self.weighted + self.exps * moved, self.exps * factor + exps.sum(0)
+            self.weighted = weighted * factor + exps.mul_(below).sum(0)
 
     def moments(self) -> Moments:
         expected = entropy = None
         if "expected" in self.wanted:
-            exps, weighted = self.sums.unbind()
-            below = weighted / exps
-            expected, entropy = self.shift + (self.largest + below), exps.log() - below
+            below = self.weighted / self.exps
+            expected, entropy = self.shift + (self.largest + below), self.exps.log() - below
         mean = self.shift + self.total / self.vocab if "mean" in self.wanted else None
         argmax = self.argmax if "argmax" in self.wanted else None
         lse2 = 2 * (self.shift + self.largest) + self.squares.log() if "lse2" in self.wanted else None
@@ -150,6 +158,7 @@ class Found(NamedTuple):
     logit_means: Tensor | None  # [n], mean over V of a row's capped logits; without a softcap, less the bias's
     state: Any  # what the backend's own backward needs, E among it where it is stored
     moments: Moments | None = None
+    labels: Tensor | None = None  # [n], capped logits of the targets themselves, of a backend that keeps them
 
 
 class Cost(NamedTuple):
@@ -299,19 +308,16 @@ def _columns(terms: PairTerms) -> Tensor:
 
 
 def finalize(label: Tensor, shift: Tensor, sum_exp: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """From S to log-probabilities, ``inv_denom = 1 / (a + S)`` and the label's entry of E, all ``[n]``.
+    """From S to log-probabilities, ``1 / (a + S)`` and the label's entry of E, all ``[n]``.
 
     ``a = exp(label - shift)``; the entry is ``-S`` times the cap's slope at the label.
     """
     distance = label - shift
-    # Above -30 the label's own form keeps relative precision as p -> 1; far below, exp(-distance) would overflow where
-    # the plain log-sum-exp has nothing to lose.
-    logps = torch.where(
-        distance > -30,
-        -torch.log1p(sum_exp * torch.exp(-distance.clamp(min=-30))),
-        distance - torch.log(torch.exp(distance) + sum_exp.clamp(min=torch.finfo(sum_exp.dtype).tiny)),
-    )
-    return logps, 1 / (torch.exp(distance) + sum_exp), -sum_exp * slope
+    # log1p keeps relative precision as p -> 1. Far below -30, where exp(-distance) would overflow, the shift is the
+    # largest logit, so that S is 1 or more and what the label adds to it, nothing.
+    near = distance.clamp(min=-30)
+    logps = distance - near - torch.log1p(sum_exp * torch.exp(-near))
+    return logps, (torch.exp(distance) + sum_exp).reciprocal(), sum_exp * -slope
 
 
 def available() -> tuple[Backend, ...]:
@@ -322,9 +328,10 @@ def available() -> tuple[Backend, ...]:
     return TritonBackend(), TorchBackend()
 
 
-def by_preference(device: torch.device) -> list[Backend]:
+@cache
+def by_preference(device: torch.device) -> tuple[Backend, ...]:
     """Every backend, those tuned for such a device first."""
-    return sorted(available(), key=lambda backend: backend.tuned_for != device.type)
+    return tuple(sorted(available(), key=lambda backend: backend.tuned_for != device.type))
 
 
 def check_name(name: str | Backend) -> None:
@@ -344,12 +351,12 @@ def select(name: str | Backend, device: torch.device, dtype: torch.dtype) -> Bac
     Raises:
         ValueError: no such backend, or it refuses these inputs, with its reason.
     """
-    check_name(name)
     refusals: list[str] = []
-    for backend in [name] if isinstance(name, Backend) else by_preference(device):
+    for backend in (name,) if isinstance(name, Backend) else by_preference(device):
         if name in ("auto", backend.name, backend):
             refusal = backend.refuses(device, dtype)
             if refusal is None:
                 return backend
             refusals.append(f"{backend.name}: {refusal}")
+    check_name(name)
     raise ValueError("no backend takes these inputs: " + "; ".join(refusals))

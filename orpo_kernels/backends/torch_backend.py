@@ -10,7 +10,7 @@ Layout: E is stored transposed, ``[V, n]``, so that a slice of the vocabulary is
 
 and, once S and the upstream gradient are known, from stored or recomputed tiles whose label entries are -S:
 
-    grad_weight_s = tile @ (k * hidden)                         k = -g * inv_denom * scale
+    grad_weight_s = tile @ (k * hidden)                         k = g * coefficient
 
 The shift enters the first product as its bias, so it is subtracted in the product's float32 accumulator, before the
 rounding to bfloat16: entries near the label's logit, which make up S, keep their precision where rounded logits would
@@ -87,7 +87,7 @@ class _State(NamedTuple):
     """Of n targets; ``[n]`` in the accumulation dtype."""
 
     shift: Tensor  # what each row's logits were shifted by
-    inv_denom: Tensor  # 1 / (exp(z_y - shift) + S)
+    coefficient: Tensor  # -scale / (exp(z_y - shift) + S)
     label_entry: Tensor  # what stands at the label's place in E: -S, times the cap's slope at the label
     overflowed: Tensor  # [n] bool, rows whose E is computed in the accumulation dtype
     grad_logp_hidden: Tensor | None  # [n, H] accumulation dtype, d logp / d hidden where it does not wait elsewhere
@@ -134,9 +134,10 @@ class TorchBackend(Backend):
             parts.append(found)
             del found, state  # and d logp / d hidden, before the next chunk's is allocated
         joined = (_cat(columns) for columns in zip(*(found.state for found in parts), strict=True))
-        logps, means, _, moments = zip(*parts, strict=True)
+        logps, means, _, moments, labels = zip(*parts, strict=True)
         joined_moments = Moments.joined(moments) if part.moments else None
-        return Found(torch.cat(logps), _cat(means), _State(*joined), joined_moments)  # type: ignore[arg-type]
+        state = _State(*joined)  # type: ignore[arg-type]
+        return Found(torch.cat(logps), _cat(means), state, joined_moments, torch.cat(labels))
 
     def backward(self, part: Part, found: Found, g: Tensor, into: Grads, *, accumulate: bool) -> None:
         state: _State = found.state
@@ -144,7 +145,7 @@ class TorchBackend(Backend):
             self._grad_hidden(part, state.grad_logp_hidden, g, into.hidden)
         if into.weight is not None or into.bias is not None:
             state = state._replace(grad_logp_hidden=None)
-            coefficients = -g * state.inv_denom * part.head.logit_scale
+            coefficients = g * state.coefficient
             if state.exp_logits is None:
                 self._recompute(part, state, coefficients, into)
             else:
@@ -158,7 +159,7 @@ class TorchBackend(Backend):
         compute, acc = _compute_dtype(part.hidden.dtype), acc_dtype(part.hidden.dtype)
         hidden = part.hidden[part.rows].to(compute)
         n, vocab = hidden.shape[0], head.vocab
-        raw = _label_logits(hidden, ids, head, acc) * head.logit_scale
+        raw = _label_logits(hidden, ids, head, acc)
         label, slope = head.cap(raw), head.slope(raw)
         if head.shard is not None:
             label = head.shard.of_owner(label, ids)
@@ -167,9 +168,8 @@ class TorchBackend(Backend):
 
         from_tiles = part.logit_means and head.softcap is not None
         moments = MomentSums(shift, part.moments, head) if part.moments else None
-        sum_exp, product_t, sums = _stream(
-            Tiles(hidden, ids, head, shift), exp_logits, moments, product=product, logit_sum=from_tiles
-        )
+        tiles = Tiles(hidden, ids, head, shift)
+        sum_exp, product_t, sums = _stream(tiles, exp_logits, moments, product=product, logit_sum=from_tiles)
         found_moments = None if moments is None else moments.moments()
         means = None if sums is None else sums / vocab
         if part.logit_means and part.mean_weight is not None:
@@ -184,8 +184,8 @@ class TorchBackend(Backend):
             shift[again] = row_max(some, head)
             columns = some.new_empty((vocab + 1, again.numel())) if exp_logits is not None else None
             moments = MomentSums(shift[again], part.moments, head) if part.moments else None
-            tiles = Tiles(some, ids[again], head, shift[again])
-            redone = _stream(tiles, columns, moments, product=product, logit_sum=False)
+            wide = Tiles(some, ids[again], head, shift[again])
+            redone = _stream(wide, columns, moments, product=product, logit_sum=False)
             if found_moments is not None and moments is not None:
                 for every, value in zip(found_moments, moments.moments(), strict=True):
                     if every is not None and value is not None:
@@ -209,15 +209,17 @@ class TorchBackend(Backend):
             shift, sum_exp = common, head.shard.sum(sum_exp)
             slope = torch.where(ids >= 0, slope, 0.0)  # the label's entry is its owner's
         logps, inv_denom, entry = finalize(label, shift, sum_exp, slope)
+        coefficient = inv_denom * -head.logit_scale
         if exp_logits is not None:
-            exp_logits.index_put_((ids, torch.arange(n, device=ids.device)), entry.to(compute))
+            exp_logits.index_put_((ids, tiles.columns), entry.to(compute))
         waiting = None
         if product_t is not None:
             waiting = torch.empty_like(hidden, dtype=acc)
             for of in slices(n, 1024):
-                label_term = entry[of, None] * head.weight[ids[of]].to(acc)
-                waiting[of] = (product_t[:, of].T + label_term) * (-head.logit_scale * inv_denom[of, None])
-        return Found(logps, means, _State(shift, inv_denom, entry, overflowed, waiting, exp_logits), found_moments)
+                rows = torch.addcmul(product_t[:, of].T, entry[of, None], head.weight[ids[of]].to(acc))
+                torch.mul(rows, coefficient[of, None], out=waiting[of])
+        state = _State(shift, coefficient, entry, overflowed, waiting, exp_logits)
+        return Found(logps, means, state, found_moments, label)
 
     def _grad_hidden(self, part: Part, waiting: Tensor | None, g: Tensor, out: Tensor) -> None:
         """``g * d logp / d hidden``, from where it waits: ``out`` itself, or ``waiting [n, H]``."""
@@ -325,21 +327,24 @@ def _scaled(hidden: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """``k * hidden`` and ``k``, the right operands of the head's two products."""
     scaled = torch.empty_like(hidden)
     for of in slices(hidden.shape[0], 1024):
-        scaled[of] = coefficients[of, None] * hidden[of]
+        torch.mul(coefficients[of, None], hidden[of], out=scaled[of])
     return scaled, coefficients.to(hidden.dtype)[:, None]
 
 
 def _label_logits(hidden: Tensor, ids: Tensor, head: Head, acc: torch.dtype) -> Tensor:
-    """``h . W_y + b_y`` per target, in the accumulation dtype."""
+    """``scale * (h . W_y + b_y)`` per target, in the accumulation dtype."""
     raw = torch.empty(ids.shape, dtype=acc, device=hidden.device)
     for of in slices(ids.numel(), 1024):
-        raw[of] = (hidden[of].to(acc) * head.weight[ids[of]].to(acc)).sum(-1)
-    return raw if head.bias is None else raw + head.bias[ids].to(acc)
+        torch.sum(hidden[of].to(acc) * head.weight[ids[of]].to(acc), -1, out=raw[of])
+    if head.bias is not None:
+        raw += head.bias[ids].to(acc)
+    return raw if head.logit_scale == 1 else raw * head.logit_scale
 
 
 def _representable(logit: Tensor, head: Head, compute: torch.dtype) -> Tensor:
     """The shift nearest to ``logit`` that the first product can subtract exactly: its bias has the product's dtype."""
-    if head.softcap is not None:  # the shift follows the cap, in the accumulation dtype
+    # Under a softcap the shift follows the cap, in the accumulation dtype.
+    if head.softcap is not None or (compute == logit.dtype and head.logit_scale == 1):
         return logit.clone()  # overflowed rows are overwritten, the label's logit is still needed
     return (logit / head.logit_scale).to(compute).to(logit.dtype) * head.logit_scale
 
@@ -352,7 +357,7 @@ def _stream(
     n, vocab = hidden.shape[0], head.vocab
     sum_exp = torch.zeros(n, dtype=acc, device=hidden.device)
     sums = torch.zeros_like(sum_exp) if logit_sum else None
-    product_t = torch.zeros((hidden.shape[1], n), dtype=acc, device=hidden.device) if product else None
+    product_t = torch.empty((hidden.shape[1], n), dtype=acc, device=hidden.device) if product else None
     several = PRODUCT_BYTES // (hidden.shape[1] * hidden.element_size()) if exp_logits is not None else 1
     step = tiles.step
     scratch = torch.empty(0, dtype=hidden.dtype, device=hidden.device)
@@ -365,6 +370,7 @@ def _stream(
         tile = tiles.exp(tokens, room, sum_exp, sums, moments)
         if product_t is not None and (tokens.stop - done >= several or tokens.stop == vocab):
             group = slice(done, tokens.stop)
-            add_hidden_product(product_t, head.weight[group], tile if exp_logits is None else exp_logits[group])
+            exps = tile if exp_logits is None else exp_logits[group]
+            add_hidden_product(product_t, head.weight[group], exps, accumulate=done > 0)
             done = tokens.stop
     return sum_exp, product_t, sums

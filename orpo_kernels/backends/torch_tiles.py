@@ -38,11 +38,10 @@ class Tiles:
 
     def __init__(self, hidden: Tensor, ids: Tensor, head: Head, shift: Tensor, entry: Tensor | None = None) -> None:
         self.hidden, self.ids, self.head, self.shift = hidden, ids, head, shift
-        self._columns = torch.arange(hidden.shape[0], device=hidden.device)
-        self._zero = shift.new_zeros(())
+        self.columns = torch.arange(hidden.shape[0], device=hidden.device)
         self._entries = hidden.new_zeros(()) if entry is None else entry.to(hidden.dtype)
         # Without a softcap the shift is the product's bias, so it is subtracted in its accumulator.
-        self._bias = -(shift / head.logit_scale).to(hidden.dtype) if head.softcap is None else None
+        self._bias = (shift / -head.logit_scale).to(hidden.dtype) if head.softcap is None else None
 
     @property
     def step(self) -> int:
@@ -65,9 +64,8 @@ class Tiles:
         sync. In a stored E that row is the next slice's first, not computed yet, or the spare row at the end.
         """
         size, softcap = tokens.stop - tokens.start, self.head.softcap
-        places = self.ids - tokens.start
-        places = torch.where((places >= 0) & (places < size), places, size)
-        tile, labels = room[:size], (places, self._columns)
+        places = (self.ids - tokens.start).remainder(1 << 62).clamp(max=size)  # a negative one becomes a large one
+        tile, labels = room[:size], (places, self.columns)
         logits = logits_of(self.hidden, self.head, tokens, self._bias)
         if softcap is None:
             if moments is not None:
@@ -92,7 +90,7 @@ class Tiles:
         plain = shifted.exp_()
         if sum_exp is not None:
             # Summed with the label's own exp(0 or less) and without it afterwards would cancel as p -> 1.
-            sum_exp += F.pad(plain, (0, 0, 0, 1)).index_put_(labels, self._zero)[:size].sum(0)
+            sum_exp += F.pad(plain, (0, 0, 0, 1)).index_put_(labels, plain.new_zeros(()))[:size].sum(0)
         tile.copy_(plain.mul_(slope))
         room.index_put_(labels, self._entries)
         return tile
@@ -113,12 +111,12 @@ def row_max(hidden: Tensor, head: Head) -> Tensor:
     return head.cap(torch.stack(largest).amax(0))
 
 
-def add_hidden_product(product_t: Tensor, weight: Tensor, tile: Tensor) -> None:
-    """``product_t [H, n] += weight^T @ tile`` for a slice of the head ``[s, H]`` and its tile ``[s, n]``."""
+def add_hidden_product(product_t: Tensor, weight: Tensor, tile: Tensor, *, accumulate: bool) -> None:
+    """``weight^T @ tile [H, n]`` for a slice of the head ``[s, H]`` and its tile ``[s, n]``, as ``multiply`` has it."""
     weight_t = weight.to(tile.dtype).T
     if tile.dtype == torch.bfloat16 and tile.shape[1] >= COPY_TRANSPOSED_FROM:
         weight_t = transposed(weight)
-    multiply(product_t, weight_t, tile, accumulate=True)
+    multiply(product_t, weight_t, tile, accumulate=accumulate)
 
 
 def transposed(weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from orpo_kernels.integrations import fuse
 
 # Calls of functions, Python's, its built-in ones and torch's, that a step may make more than with plain logits, the
 # fused passes themselves among them. A thousand are about a millisecond; a change that needs more of them says why.
-MOST = {"sft": 1150, "dpo": 1350, "grpo": 2300, "kto": 1350, "factory-orpo": 1350}
+MOST = {"sft": 950, "dpo": 1100, "grpo": 1900, "kto": 1100, "factory-orpo": 1130}
 
 
 def calls(step: Callable[[], object]) -> int:
