@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import accuracy
 from benchmarks.accuracy import relative_error
 from benchmarks.harness import isolate, machine
-from benchmarks.harness.measure import in_turn, measured, summary, timed
+from benchmarks.harness.measure import flops, in_turn, measured, summary, timed
 from benchmarks.harness.memory import MIB, peak_of
 from benchmarks.harness.record import Keep, Record, Row, merged
 from benchmarks.problems.cases import IGNORE, OBJECTIVE_TASKS
@@ -95,20 +94,12 @@ def _measure(row: Row, device: torch.device, repeats: int, seconds: float) -> Ro
     peak = peak_of(lambda: first.append(timed(call, device)), device)
     returned = sum(grad.numel() * grad.element_size() for grad in problem.gradients().values()) / MIB
     if row.task in OBJECTIVE_TASKS and device.type == "cpu":  # where every product is one of torch's
-        row = row.with_(figures={"products": _products(call) / (2 * targets * problem.weight.numel())})
+        row = row.with_(figures={"products": flops(call) / (2 * targets * problem.weight.numel())})
     problem.clear_gradients()
     cut, floor = build_floor(problem, row.phase, forwards)
     times, floors = in_turn([call, floor], device, repeats=repeats - 1, least=MIN_REPEATS - 1, seconds=seconds)
     row = row.with_(cut=cut, **summary([first[0](), *times], floors))
     return row.with_(loss=losses[-1], peak_mib=max(peak.beyond_mib - returned, 0.0), peak_rss_mib=peak.absolute_mib)
-
-
-def _products(call: Callable[[], None]) -> int:
-    """The operations of a call's products; torch does not count those that add in place."""
-    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # of shapes
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        call()
-    return int(counter.get_total_flops())
 
 
 def check(provider: Provider, row: Row, sample: Problem) -> Row:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import race
-from benchmarks.harness.measure import UnsupportedError
+from benchmarks.harness.measure import UnsupportedError, flops
 from benchmarks.harness.record import Record, Row
 from benchmarks.problems import floor
 from benchmarks.problems.cases import BATCHES, CASES, IGNORE, OBJECTIVE_TASKS, STATES
@@ -74,7 +74,7 @@ def test_what_each_multiplies(provider: str, task: str) -> None:
         if provider in ("ours", "naive"):
             raise
         pytest.skip(str(missing))  # of a machine without that package
-    counted = race._products(lambda: step().backward()) / (2 * of.weight.numel())
+    counted = flops(lambda: step().backward()) / (2 * of.weight.numel())
     wanted = 3 + (task in AGAINST_REFERENCE)
     if provider == "ours":
         assert counted == wanted * (of.targets != IGNORE).sum()
@@ -92,7 +92,7 @@ def test_products_are_recorded() -> None:
 
 def test_the_references_product_is_in_the_floor() -> None:
     of = problem("objective-dpo")
-    without, within = (race._products(dict(floor.cuts(of, "full", forwards))["whole"]) for forwards in (1, 2))
+    without, within = (flops(dict(floor.cuts(of, "full", forwards))["whole"]) for forwards in (1, 2))
     assert 3 * within == 4 * without
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks.accuracy import FACTOR, GRAD_FLOOR, VALUE_FLOOR
+from benchmarks.harness.measure import flops
 from orpo_kernels.integrations import adapters, fuse, fusion_report, unfuse
 from orpo_kernels.integrations import fused as fusing
 from orpo_kernels.integrations import trainer as patching
@@ -309,19 +309,21 @@ def test_the_flops_of_a_patched_step() -> None:
     def wide() -> Any:
         return llama(vocab_size=4096)
 
-    def flops(model: Any) -> int:
+    def flops_of(model: Any) -> int:
         trainer = FakeTrainer()
         site = patching.find_site(trainer, model)
         assert isinstance(site, patching.Site), site
-        for _ in range(2):  # the first batch has checks
-            with FlopCounterMode(display=False) as counter:
-                fused = fusing.fused_loss(FakePatch(), trainer, model, site, DATA, ORPO(0.1))
-                assert not isinstance(fused, str), fused
-                fused[0].loss.backward()
-        return counter.get_total_flops()
 
-    frozen = flops(adapted(lora(target_modules=["q_proj"]), base=wide))
-    head = flops(adapted(lora(), base=wide))
+        def step() -> None:
+            fused = fusing.fused_loss(FakePatch(), trainer, model, site, DATA, ORPO(0.1))
+            assert not isinstance(fused, str), fused
+            fused[0].loss.backward()
+
+        step()  # the first batch has checks
+        return flops(step)
+
+    frozen = flops_of(adapted(lora(target_modules=["q_proj"]), base=wide))
+    head = flops_of(adapted(lora(), base=wide))
     targets = int(((LABELS != -100) | (F.pad(DATA.nll, (0, 0, 0, 2), value=-100) != -100)).sum())
     of_columns = 2 * targets * 4096 * 8
     one = 2 * targets * 4096 * 32
