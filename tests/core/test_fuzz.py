@@ -44,7 +44,8 @@ shape = st.fixed_dictionaries(
         "pairs": st.integers(1, 4),
         "length": st.integers(1, 12),
         "features": st.integers(1, 24),
-        "vocab": st.integers(2, 200),
+        # Of two tokens each is the other's odds: gradients of one pair's cancel to 0, which has no relative error.
+        "vocab": st.integers(3, 200),
         "keep": st.sampled_from([0.0, 0.3, 0.7, 1.0]),
         "confidence": st.sampled_from([0.0, 0.0, 0.5, 1.0]),
         "seed": st.integers(0, 10_000),
@@ -144,8 +145,8 @@ def objective(case: Case, workspace: int | None, loss: dict[str, Any]) -> None:
         value = out["loss"] if isinstance(out, dict) else out.loss
         return value, of.grads(value)
 
-    # Where a loss saturates, its gradient is e^(-beta d) times something: an error of d is a relative one of it. Errors
-    # of a sum's terms add up as a random walk does, a mean has those of its terms at most.
+    # A loss that is linear in beta d has beta times d's error, and where it saturates, its gradient is e^(-beta d) times
+    # something, with as much. Errors of a sum's terms add up as a random walk does; a mean has its terms' at most.
     sums = isinstance(loss["objective"], DPO)
     tokens = int((case.labels != case.options["ignore_index"]).sum(1).max()) if sums else 1
     amplified = loss["objective"].beta * VALUE_FLOOR[case.hidden.dtype] * tokens**0.5
@@ -160,10 +161,10 @@ Found = tuple[Tensor, dict[str, Tensor]]
 
 def compare(case: Case, ours: Found, naive: Found, truth: Found, amplified: float = 0.0) -> None:
     """A value and its gradients against float64, beside the naive implementation's own error; ``amplified`` is what
-    errors of log-probabilities come to in a gradient."""
+    errors of log-probabilities come to in them."""
     dtype = case.hidden.dtype
     size = max(1.0, truth[0].detach().abs().max().item())
     error, theirs = ((found[0].double() - truth[0]).abs().max().item() for found in (ours, naive))
-    assert error <= max(2 * theirs, VALUE_FLOOR[dtype] * size)
+    assert error <= max(2 * theirs, VALUE_FLOOR[dtype] * size + amplified)
     for name, expected in truth[1].items():
         assert_as_accurate(name, ours[1][name], naive[1][name], expected, GRAD_FLOOR[dtype] + amplified)
