@@ -145,8 +145,8 @@ def objective(case: Case, workspace: int | None, loss: dict[str, Any]) -> None:
         value = out["loss"] if isinstance(out, dict) else out.loss
         return value, of.grads(value)
 
-    # A loss that is linear in beta d has beta times d's error, and where it saturates, its gradient is e^(-beta d) times
-    # something, with as much. Errors of a sum's terms add up as a random walk does; a mean has its terms' at most.
+    # A loss that is linear in beta d has beta times d's error. Where it saturates, its gradient is e^(-beta d) times
+    # something, and has as much. Errors of a sum's terms add up as a random walk does; a mean has its terms' at most.
     sums = isinstance(loss["objective"], DPO)
     tokens = int((case.labels != case.options["ignore_index"]).sum(1).max()) if sums else 1
     amplified = loss["objective"].beta * VALUE_FLOOR[case.hidden.dtype] * tokens**0.5
