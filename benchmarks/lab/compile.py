@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.lab import sass
 from benchmarks.report.tables import text
 from orpo_kernels import linear_logprobs, orpo_loss, targets
-from orpo_kernels.backends.kernels.configs import config
+from orpo_kernels.backends.kernels.configs import config, gluon_lacks
 from orpo_kernels.backends.triton_backend import TritonBackend
 from orpo_kernels.targets import Columns
 
@@ -49,7 +49,7 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, (r"tcgen05\.mma", r"mma\.sync")),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, (r"v_mfma\w*",)),
 }
-WITH_EPILOGUE = ("exp_gemm_tma_kernel", "exp_gemm_kernel")
+WITH_EPILOGUE = ("exp_gemm_tma_kernel", "exp_gemm_kernel", "exp_gemm_gluon_kernel")
 WIDE, NARROW = 4096, 128  # features: what takes the tile of a wide head, and that of a narrow one
 GEMMS = (*WITH_EPILOGUE, "recompute_overflowed_kernel")
 # Arguments that are None where a branch of a kernel is off.
@@ -129,6 +129,15 @@ def launches(arch: str) -> list[Launch]:
         for form in ("pointer", "library"):
             other = config(arch, torch.bfloat16)._replace(form=form)  # type: ignore[arg-type]
             _call(Recorder(arch=arch, config=other), "HW")
+        for dtype in (torch.bfloat16, torch.float16):
+            other = config(arch, dtype)._replace(form="gluon")
+            if other.gluon is not None and not gluon_lacks():
+                raced = Recorder(arch=arch, config=other)
+                for trained in ("HW", "HWb"):
+                    _call(raced, trained, dtype)
+                    _call(raced, trained, dtype, softcap=30.0)
+                    _call(raced, trained, dtype, workspace_bytes=1)
+                _call(raced, "", dtype)
     return list(found)
 
 
@@ -165,7 +174,8 @@ def _launch(kernel: Any, args: Sequence[Any], meta: dict[str, Any]) -> Launch:
             signature[name] = "fp32"
         else:
             block = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors name theirs
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]{layout}>"
     ordered = tuple((name, signature.get(name, "constexpr")) for name in kernel.arg_names)
     known, names = tuple(sorted(constants.items())), (kernel.__module__, kernel.__name__)
     return Launch(*names, ordered, known, tuple(divisible), warps, stages)
@@ -179,8 +189,9 @@ def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
 
     target, constants = TARGETS[arch], dict(launch.constants)
-    source = triton.compiler.ASTSource(
-        fn=getattr(importlib.import_module(launch.module), launch.kernel),
+    function = getattr(importlib.import_module(launch.module), launch.kernel)
+    source = _source(function)(
+        fn=function,
         signature=dict(launch.signature),
         constexprs=constants,
         attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
@@ -202,8 +213,9 @@ def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
     tiles = [f"{name.lower().removeprefix('block_')}={value}" for name, value in sizes]
     flags = [name.lower() for name, value in launch.constants if value is True]
     present = [re.sub(r"_(ptr|desc)$", "", name) for name, kind in launch.signature if kind != "constexpr"]
-    entries = constants.get("BLOCK_N", 0) * constants.get("BLOCK_V", 0) / (target.warp * launch.warps)  # of a thread
-    words = [*named, *tiles, f"warps={launch.warps} stages={launch.stages}", *flags]
+    warps = launch.warps * (2 if function.is_gluon() else 1)  # that hold the tile: Gluon's consumers are two
+    entries = constants.get("BLOCK_N", 0) * constants.get("BLOCK_V", 0) / (target.warp * warps)  # of a thread
+    words = [*named, *tiles, f"warps={warps} stages={constants.get('STAGES', launch.stages)}", *flags]
     return {
         "kernel": launch.kernel,
         "target": arch,
@@ -217,6 +229,17 @@ def compile_one(arch: str, launch: Launch) -> dict[str, Any]:
         "wants_tensor_core": launch.kernel in GEMMS and "fp32" not in named,
         "triton": triton.__version__,
     }
+
+
+def _source(function: Any) -> Any:
+    """What the compiler takes a kernel as: Gluon's is another language."""
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def problem(row: Mapping[str, Any]) -> str:

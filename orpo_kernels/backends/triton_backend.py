@@ -44,7 +44,7 @@ from orpo_kernels.backends import (
     slices,
 )
 from orpo_kernels.backends.kernels import Chunk, Out
-from orpo_kernels.backends.kernels.configs import Config, Tile, arch_of, config
+from orpo_kernels.backends.kernels.configs import Config, Tile, arch_of, config, gluon_lacks
 from orpo_kernels.backends.products import LIBRARY_TILE, product, times_head
 from orpo_kernels.objectives import ORPO
 from orpo_kernels.settings import Head
@@ -120,7 +120,9 @@ class TritonBackend(Backend):
         row, capped, biased = self._row(rows), head.softcap is not None, head.bias is not None
         if form != row.form:
             lacks = ("a softcap" if capped else "it") + (" and a bias" if capped and biased else "")
-            said += f": {row.unmapped(rows, head.weight) or f'this chip has no {row.form} tile for {lacks}'}"
+            version = gluon_lacks() if row.form == "gluon" and row.gluon else ""
+            chip = f"this chip has no {row.form} tile for {lacks}"
+            said += f": {row.unmapped(rows, head.weight) or version or chip}"
         return said
 
     # What the engine calls, in the order it does.
@@ -273,6 +275,9 @@ class TritonBackend(Backend):
         """E of the tokens and its sums per tile, in the form the configuration names."""
         (hidden, _, head, shift), exp_logits = chunk, out.exp_logits
         form, tile = self._choose(hidden, head)
+        if form == "gluon":
+            kernels.exp_gemm_gluon.exp_gemm_gluon(tile, chunk, tokens, out)
+            return
         if form != "library":
             gemm = kernels.exp_gemm.exp_gemm_tma if form == "tma" else kernels.exp_gemm.exp_gemm
             gemm(tile, chunk, tokens, out)

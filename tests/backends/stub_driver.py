@@ -40,6 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide": {"features": 4096},
     "wide with a softcap": {"features": 4096, "softcap": 30.0},
     "pointers": {"form": "pointer"},
+    "Gluon": {"form": "gluon"},
+    "Gluon, float16, a softcap and a bias": {"form": "gluon", "dtype": torch.float16, "softcap": 30.0, "bias": True},
     "library": {"form": "library"},
     "rows that no tensor map describes": {"features": 99, "vocab": 1001},
     "an odd vocabulary": {"vocab": 1001},
@@ -99,7 +101,7 @@ def binaries() -> int:
     """Compiled kernels of this process."""
     from triton.runtime.jit import JITFunction
 
-    modules = (kernels.exp_gemm, kernels.rows, kernels.pairs)
+    modules = (kernels.exp_gemm, kernels.exp_gemm_gluon, kernels.rows, kernels.pairs)
     functions = (value for module in modules for value in vars(module).values() if isinstance(value, JITFunction))
     return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
 

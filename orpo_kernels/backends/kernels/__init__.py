@@ -1,6 +1,7 @@
 """Triton kernels, each with what launches it right below it.
 
     exp_gemm    hidden states and head to E, and the overflowed rows of it again
+    exp_gemm_gluon    the same GEMM in Gluon, for the versions of triton it compiles with
     rows        what stands between the products: vectors over targets, rows of features
     pairs       counting and compacting labels, and the odds-ratio loss
     common      the epilogue, and functions of several kernels
@@ -19,9 +20,9 @@ from torch import Tensor
 from orpo_kernels.settings import Head
 
 if TYPE_CHECKING:
-    from orpo_kernels.backends.kernels import common, exp_gemm, pairs, rows
+    from orpo_kernels.backends.kernels import common, exp_gemm, exp_gemm_gluon, pairs, rows
 
-__all__ = ["Chunk", "Out", "common", "exp_gemm", "pairs", "rows"]
+__all__ = ["Chunk", "Out", "common", "exp_gemm", "exp_gemm_gluon", "pairs", "rows"]
 
 
 class Chunk(NamedTuple):

@@ -3,6 +3,7 @@
 Its forms, all with the same epilogue:
 
     tma      one persistent Triton GEMM with TMA loads and stores
+    gluon    the same in Gluon, with a producer warp and two consumers that are not in step; no chip's form yet
     pointer  one Triton GEMM over pointers; also what stands in for ``tma`` where a row is not 16-byte aligned
     library  torch's own product into a float32 tile, then a pass over the tile; float32 inputs take it everywhere, as
              it follows torch's matmul precision setting
@@ -41,25 +42,28 @@ class Config(NamedTuple):
     """What one chip runs for one dtype. The fewer features, the more of a tile's time is its epilogue: a ``narrow``
     tile serves heads of less than ``NARROW`` features."""
 
-    form: Literal["tma", "pointer", "library"]
+    form: Literal["tma", "gluon", "pointer", "library"]
     pointer: Tile
     pointer_capped: Tile  # a softcap needs twice the registers an entry
     tma: Tile | None = None
     tma_capped: Tile | None = None  # without a bias: both together run ``pointer_capped``
     narrow: Tile | None = None
     narrow_capped: Tile | None = None
+    gluon: Tile | None = None  # with and without a softcap or a bias; its warps are those that hold the tile
     mapped: int | None = None  # bytes from which on a tensor map of a matrix cannot be trusted
 
     def choose(self, *, mapped: bool, biased: bool, capped: bool, features: int) -> tuple[str, Tile]:
         """The form and the tile of a call whose matrices a tensor map can or cannot describe."""
         if self.form == "library":
             return "library", PASS
+        if self.form == "gluon" and mapped and self.gluon is not None and not gluon_lacks():
+            return "gluon", self.gluon
         narrow = features < NARROW[capped]
         if capped:
             tma = None if biased else (narrow and self.narrow_capped) or self.tma_capped
         else:
             tma = (narrow and self.narrow) or self.tma
-        if self.form == "tma" and mapped and tma is not None:
+        if self.form != "pointer" and mapped and tma is not None:
             return "tma", tma
         return "pointer", self.pointer_capped if capped else self.pointer
 
@@ -76,6 +80,17 @@ class Config(NamedTuple):
                 return f"{matrix.shape[0] * step >> 20} MiB are more than the form {self.form} describes on this chip"
         return ""
 
+
+def gluon_lacks() -> str:
+    """Why the form ``gluon`` cannot run, for people to read; nothing where it can. Gluon is experimental: what another
+    version makes of the kernel is not known."""
+    import triton
+
+    known = triton.__version__.rpartition(".")[0] in GLUON_VERSIONS
+    return "" if known else f"triton is {triton.__version__}, the form gluon is for {' and '.join(GLUON_VERSIONS)}"
+
+
+GLUON_VERSIONS = ("3.6", "3.7")  # of triton, that its kernel compiles with as it should
 
 RECOMPUTE = Tile(32, 64, 32, warps=4, stages=2)
 RECOMPUTE_FLOAT32 = Tile(32, 32, 32, warps=8, stages=2)  # with 4 warps the assembler spills to fit more programs
@@ -95,6 +110,7 @@ _MAPPED = 2 << 30
 _AMPERE = Tile(128, 128, 32, warps=8, stages=4, group_v=8)
 _HOPPER = Tile(128, 256, 64, warps=8, stages=3, group_v=8, parts=2, flatten=True)
 _HOPPER_NARROW = Tile(128, 128, 64, warps=4, stages=3, group_v=8, parts=2, flatten=True, programs=2)
+_HOPPER_GLUON = Tile(128, 256, 64, warps=8, stages=4, group_v=8, parts=4)
 _HOPPER_POINTER = Tile(128, 128, 64, warps=4, stages=3, group_v=8, parts=2)
 _HOPPER_POINTER_CAPPED = _HOPPER_POINTER._replace(warps=8, parts=8)
 _BLACKWELL = Tile(128, 128, 64, warps=8, stages=4, group_v=8, parts=2)
@@ -108,7 +124,9 @@ def _pointer(tile: Tile, capped_parts: int) -> Config:
 SIXTEEN_BIT: dict[str, Config] = {
     "sm_80": _pointer(_AMPERE, 4),
     "sm_86": _pointer(_AMPERE._replace(stages=3), 4),  # and 8.9, 12.x: 99 KiB of shared memory
-    "sm_90": Config("tma", _HOPPER_POINTER, _HOPPER_POINTER_CAPPED, _HOPPER, _HOPPER, _HOPPER_NARROW, _HOPPER_NARROW),
+    "sm_90": Config(
+        "tma", _HOPPER_POINTER, _HOPPER_POINTER_CAPPED, _HOPPER, _HOPPER, _HOPPER_NARROW, _HOPPER_NARROW, _HOPPER_GLUON
+    ),
     "sm_100": _pointer(_AMPERE._replace(stages=3), 4)._replace(form="tma", tma=_BLACKWELL, mapped=_MAPPED),
     "gfx942": _pointer(_AMPERE._replace(stages=2), 1),
     "interpreter": Config("tma", _SMALL, _SMALL, _SMALL, _SMALL._replace(parts=4)),  # small enough to interpret
@@ -120,10 +138,9 @@ def config(arch: str, dtype: torch.dtype) -> Config:
     row = SIXTEEN_BIT[arch]
     if dtype == torch.float32 and arch != "interpreter":
         return row._replace(form="library")
-    if dtype == torch.float16 and row.narrow and row.narrow_capped:
-        # E is float32 then, and two programs must still fit with what they store from.
-        narrow, capped = (tile._replace(parts=2 * tile.parts) for tile in (row.narrow, row.narrow_capped))
-        return row._replace(narrow=narrow, narrow_capped=capped)
+    if dtype == torch.float16:  # E is float32 then, and programs must still fit with what they store from
+        tight = {name: getattr(row, name) for name in ("narrow", "narrow_capped", "gluon")}
+        return row._replace(**{name: tile and tile._replace(parts=2 * tile.parts) for name, tile in tight.items()})
     return row
 
 
