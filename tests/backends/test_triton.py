@@ -372,10 +372,11 @@ def test_triton_is_imported_when_a_kernel_starts() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-# Of the shipped GEMM's epilogue for an entry of E, without and with a softcap: as counted with triton 3.6 and 3.7.
+# Of the GEMM's epilogue for an entry of E, as counted with triton 3.6 and 3.7: the least, as of a call without sums,
+# and the most, without and with a softcap.
 SM_90_INSTRUCTIONS = {
-    "exp_gemm_tma_kernel": {False: 6.5, True: 19.2},
-    "exp_gemm_gluon_kernel": {False: 5.5, True: 18.3},
+    "exp_gemm_tma_kernel": (4.0, {False: 6.5, True: 19.2}),
+    "exp_gemm_gluon_kernel": (3.0, {False: 5.5, True: 18.3}),
 }
 
 
@@ -404,9 +405,9 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
         if row["target"] in best and row["kernel"] in SM_90_INSTRUCTIONS:
             assert row["tensor_core"] == best[row["target"]]
     for row in rows:
-        most = SM_90_INSTRUCTIONS.get(row["kernel"])
-        if row["target"] == "sm_90" and most and " bias" not in row["config"]:
-            assert 3 < row["instructions"] <= most["softcap" in row["config"]], row["config"]
+        if row["target"] == "sm_90" and row["kernel"] in SM_90_INSTRUCTIONS and " bias" not in row["config"]:
+            least, most = SM_90_INSTRUCTIONS[row["kernel"]]
+            assert least < row["instructions"] <= most["softcap" in row["config"]], row["config"]
 
 
 def _kernels(module: str) -> set[str]:
