@@ -4,6 +4,7 @@ accelerate knows FSDP and DeepSpeed on accelerators alone; what it then calls of
 at the end which of them it was.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -29,6 +30,6 @@ if __name__ == "__main__":
     stock_script.main()
     state = AcceleratorState()
     fsdp, zero = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
-    print(
-        "ran under", f"FSDP{fsdp.fsdp_version}" if fsdp else f"DeepSpeed ZeRO-{zero.zero_stage}" if zero else "neither"
-    )
+    name = f"FSDP{fsdp.fsdp_version}" if fsdp else f"DeepSpeed ZeRO-{zero.zero_stage}" if zero else "neither"
+    # One write a line: the processes share a pipe, and print may write a line in pieces, between which another's fall.
+    os.write(1, f"ran under {name}\n".encode())
