@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import CompileContext
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -218,31 +219,37 @@ def unpatch_transformers() -> None:
 
     if vars(PreTrainedModel).get("__call__") is _everywhere:
         del PreTrainedModel.__call__
+    _everywhere.settings = None
     for model in list(_everywhere.seen):
         unfuse(model)
     _everywhere.seen.clear()
 
 
 class _Everywhere:
-    """What ``patch_transformers`` has put in place."""
+    """What ``patch_transformers`` has put in place, and where else a script may have put it: one that replaces the call
+    of a model's class for a while, as ms-swift does, reads it from there and gives it back to that class."""
 
     def __init__(self) -> None:
-        self.settings = Settings()
+        self.settings: Settings | None = None  # of models to come; None while nothing is patched
         self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __get__(self, model: Any, cls: type) -> Callable[..., Any]:
         """``PreTrainedModel.__call__``: read when a model is called, and when ``torch.compile`` wraps one.
 
-        On the class it is the stock method, so that dynamo traces calls of models within models as ever.
+        Dynamo reads it from the class and gets the stock method, and so traces calls of models within models as ever.
         """
         if model is None:
-            return nn.Module.__call__
-        if model not in self.seen:
+            return self if CompileContext.try_get() is None else nn.Module.__call__
+        if self.settings is not None and model not in self.seen:
             self.seen.add(model)
             if model.can_generate():  # before 4.52 every model is a GenerationMixin, those without a head too
                 fuse(model, **self.settings._asdict())
         bound: Callable[..., Any] = nn.Module.__call__.__get__(model)
         return bound
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """``PreTrainedModel.__call__(model, ...)``."""
+        return self.__get__(model, type(model))(*args, **kwargs)
 
 
 _everywhere = _Everywhere()

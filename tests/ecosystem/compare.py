@@ -44,6 +44,9 @@ def compare(stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
     found["differences"] = apart
     wrong = [f"{name} by {each:.1e}" for name, each in apart.items() if not each <= TOLERANCE]
     found["disagrees"] = f"figures differ: {', '.join(wrong)}" if wrong else None
+    left_alone = not (found["calls"] or found["fused_by_trainer"] or found["refusals"])
+    if left_alone and stock.get("head_calls"):
+        found["disagrees"] = "the head was called, and nothing was fused"
     return found
 
 

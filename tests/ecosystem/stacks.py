@@ -129,7 +129,7 @@ STACKS = {
     "openrlhf": Stack(
         "OpenRLHF",
         recipe="openrlhf_trainers.py",
-        requires=("transformers==5.15.0", "accelerate", "peft", "einops", "tqdm"),
+        requires=("transformers==5.15.0", "accelerate", "peft", "einops", "pylatexenc", "tqdm"),
         alone=("openrlhf==0.11.2",),
         hollow={
             "deepspeed": (),

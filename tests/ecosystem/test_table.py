@@ -138,6 +138,14 @@ def test_what_does_not_run_stock_is_no_disagreement() -> None:
     assert compare({"error": "ValueError: no"}, history(1.0)) == {"skipped": "ValueError: no", "disagrees": None}
 
 
+@pytest.mark.parametrize(
+    ("said", "called", "fused"), [({}, 0, True), ({}, 3, False), ({"fused_by_trainer": True}, 3, True)]
+)
+def test_a_head_that_was_called_and_not_fused_is_one(said: dict[str, Any], called: int, fused: bool) -> None:
+    found = compare({**history(1.0), "head_calls": called}, {**history(1.0), **said})
+    assert found["disagrees"] == (None if fused else "the head was called, and nothing was fused")
+
+
 def test_products_are_the_trained_models() -> None:
     policy = {"products": 6.0, "calls": 2, "refusal": None, "materialised": []}
     reference = {"products": 2.0, "calls": 2, "refusal": "no", "materialised": [{"operation": "eq"}]}

@@ -246,3 +246,28 @@ def test_a_model_first_called_in_a_detour_is_fused_beneath_it() -> None:
     finally:
         unpatch_transformers()
     assert "forward" not in vars(model.lm_head)
+
+
+def test_a_script_that_replaces_the_call_of_a_class_for_a_while() -> None:
+    """ms-swift does: what it reads from the class and gives back to it fuses the models that come after."""
+    model, ids = llama(), torch.randint(3, 90, (2, 9))
+    cls = type(model)
+    patch_transformers()
+    try:
+        own = cls.__call__
+        try:
+            cls.__call__ = lambda *_, **__: "replaced"
+            assert model(ids) == "replaced"
+            cls.__call__ = own
+            model(ids)
+            assert fusion_report(model).calls == 1
+            cls.__call__(model, ids)
+            assert fusion_report(model).calls == 2
+            unpatch_transformers()
+            assert not fusion_report(model).fused
+            model(ids)
+            assert not fusion_report(model).fused
+        finally:
+            del cls.__call__
+    finally:
+        unpatch_transformers()

@@ -67,7 +67,7 @@ def sequences(count: int = tiny.STEPS) -> list[tuple[torch.Tensor, ...]]:
     chance = torch.Generator().manual_seed(1)
 
     def some(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.randint(3, 97, (4, 1, length), generator=chance)
+        ids = torch.randint(3, tiny.VOCAB, (4, 1, length), generator=chance)
         mask = torch.ones_like(ids)
         mask[::2, :, -2:] = 0
         return ids, mask

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 STEPS = 3
+VOCAB = 97  # no other layer is as wide
 FUSE = "ECOSYSTEM_FUSE"  # how a script fuses without the launcher: "fuse(model)", or "plugin" where a stack has them
 WORDS = [f"w{index}" for index in range(60)]
 CHAT = (
@@ -45,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     found = LlamaForCausalLM(LlamaConfig(**shape, **tokens, num_key_value_heads=2))
     if os.environ.get(FUSE) == "fuse(model)":
         from orpo_kernels.integrations import fuse
@@ -84,12 +85,19 @@ def main(objectives: Collection[str], train: Callable[[str], list[dict[str, Any]
     """Train each objective that the command line names after OUTPUT.json, and write what was logged and found."""
     output, *asked = sys.argv[1:]
     runs: dict[str, dict[str, Any]] = {}
-    said = _Said()
+    said, heads_called = _Said(), 0
+
+    def count(module: torch.nn.Module, _: Any) -> None:
+        nonlocal heads_called
+        heads_called += getattr(module, "out_features", None) == VOCAB
+
+    torch.nn.modules.module.register_module_forward_pre_hook(count)
     logging.getLogger("orpo_kernels").addHandler(said)
     for objective in asked or objectives:
         heads = sys.modules.get("orpo_kernels.integrations.lazy.heads")
         before = len(heads.reports()) if heads else 0
         said.lines.clear()
+        heads_called = 0
         try:
             runs[objective] = {"history": train(objective)}
         except Exception as error:  # the others are still worth their run, and the driver shows this one
@@ -97,6 +105,7 @@ def main(objectives: Collection[str], train: Callable[[str], list[dict[str, Any]
             runs[objective] = {"error": f"{type(error).__name__}: {error}"}
         heads = sys.modules.get("orpo_kernels.integrations.lazy.heads")
         runs[objective]["models"] = [_model(*found) for found in heads.reports()[before:]] if heads else []
+        runs[objective]["head_calls"] = heads_called
         runs[objective]["fused_by_trainer"] = any("fused the loss of this" in line for line in said.lines)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
     with open(output, "w") as file:
