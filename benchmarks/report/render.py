@@ -3,7 +3,7 @@
 A document holds ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``; what is between them is written here. NAME
 is a table's, see ``TABLES``, with ``cpu-`` (as without) or ``gpu-`` before it: the newest record of that class of
 machine fills it, unless an older one says more (see ``newest``). A table that the record has nothing for stays as it
-is. ``compiled`` and ``family`` alone belong to no machine.
+is. ``compiled``, ``family`` and ``train`` alone are of no class of machine.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from PIL import Image
 from benchmarks import accuracy
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, Row
+from benchmarks.lab import train
 from benchmarks.lab.compile import problem
 from benchmarks.problems.cases import LOGITS_TASKS, OBJECTIVE_TASKS
 from benchmarks.problems.providers import FLOOR
@@ -102,7 +103,7 @@ def filled(text: str, records: dict[str, tuple[Path, Record]]) -> str:
     """The document with every marked place written anew; ValueError for a marker that names no table."""
 
     def table(match: re.Match[str]) -> str:
-        if match[2] in (of_none := {"compiled": _compiled, "family": family.page}):
+        if match[2] in (of_none := {"compiled": _compiled, "train": _trained, "family": family.page}):
             return f"{match[1]}{of_none[match[2]]()}\n{match[3]}"
         full = match[2] if match[2].startswith(tuple(f"{kind}-" for kind in HEADLINES)) else f"cpu-{match[2]}"
         machine_class, _, name = full.partition("-")
@@ -166,6 +167,13 @@ def _compiled() -> str:
     table.columns = ["chip", "kernel", "configuration", "registers", "instructions", "shared bytes", "tensor core"]
     said = f"{len(found)} binaries with triton {found.triton[0]}, {bad} with a problem; these are the exp GEMMs.\n\n"
     return said + tables.markdown(table)
+
+
+def _trained() -> str:
+    """Whole training steps of the newest record of them."""
+    found = Record.load(max((RESULTS / "train").glob("*.json"), key=lambda path: path.stem[-10:]))
+    where = f"Recorded on {found.date} on {found.machine}, torch {found.rows[0].torch}"
+    return f"{where}, {found.rows[0].provider_version}.\n\n" + tables.markdown(train.table(found.rows))
 
 
 def _is_headline(machine_class: str, row: Row) -> bool:
