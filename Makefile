@@ -67,7 +67,7 @@ define needs
 @PYTHONPATH=$(PEERS) $(GPU_PYTHON) -c 'import importlib.util as u, sys; lost = [m for m in sys.argv[1:] if not u.find_spec(m)]; sys.exit(bool(lost) and "$(GPU_PYTHON) lacks " + ", ".join(lost) + ": install them into it, name another (make GPU_PYTHON=...), or make install")' $(1)
 endef
 
-gpu: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: the suite, the sanitizers, the race, its targets
+gpu: $(if $(wildcard $(WHEELS)/*.whl),$(PEERS)/.unpacked)  ## on a GPU, offline: a proof, the suite, the race, its targets, a page
 	$(call needs,$(GPU_NEEDS))
 	PYTHONPATH=. ORPO_PEERS=$(PEERS) $(GPU_PYTHON) -m benchmarks gpu $(ARGS)
 

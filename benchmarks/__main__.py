@@ -206,17 +206,18 @@ def _tune(
     cases: Annotated[Names, _names([*CASES, *tune.TINY])] = None,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu interprets a tiny case")] = "cuda",
     seconds: Annotated[float, typer.Option(help="no new measurement after this long")] = tune.SECONDS,
+    shipped: Annotated[bool, typer.Option("--shipped", help="only the tiles that these heads run as it is")] = False,
     dry_run: DryRun = False,
     path: Json = None,
 ) -> int:
     """Race tiles of the exp GEMM against the library's plain product."""
     chosen, arch = tune.cases_of(cases, device, dry_run)
+    wanted = tune.plan(chosen, arch, only_shipped=shipped)
     if dry_run:
-        wanted = tune.plan(chosen, arch)
         print(f"{len(wanted)} candidates for {arch} on {', '.join(one.name for one in chosen)}, the shipped first")
         print(*wanted, sep="\n")
         return 0
-    rows = tune.run(chosen, arch, torch.device(device), seconds, _keeper(path, device))
+    rows = tune.run(chosen, wanted, torch.device(device), seconds, _keeper(path, device))
     tune.print_rows(rows, arch)
     return int(any(row.status == "wrong" for row in rows))
 

@@ -8,6 +8,7 @@ After ``until`` (seconds since the epoch) ``measure`` starts nothing more.
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import groupby
 from operator import attrgetter
@@ -103,6 +106,19 @@ def process(
         if known.status == "not reached" and code not in (0, None):
             known = known.with_(reason=f"ended early: {cause}")
         found.append(known)
+    return found
+
+
+def everywhere(start: Callable[[Any], Any], wanted: Sequence[Any]) -> list[Any]:
+    """``start`` of each, in a process for each core, for what it leaves in a compiler's cache; and what it returned.
+
+    ``start`` raises nothing. One that ends its process ends this early: whoever needs the others compiles them then."""
+    found: list[Any] = []
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            found.extend(tqdm(pool.map(start, wanted), total=len(wanted), desc="compile"))
+        except BrokenProcessPool:
+            print("one ended the process that compiled it; the others compile as they come", file=sys.stderr)
     return found
 
 

@@ -5,13 +5,9 @@ ratio taken against a product timed in turn with it. What does not compile, does
 """
 
 import math
-import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import product, zip_longest
 from typing import Literal, NamedTuple, cast
@@ -20,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.harness import machine
+from benchmarks.harness import isolate, machine
 from benchmarks.harness.measure import UnsupportedError, in_turn, measured, one_line, summary
 from benchmarks.harness.record import Keep, Row
 from benchmarks.lab.compile import TARGETS, WIDE
@@ -103,17 +99,14 @@ class Work(NamedTuple):
 def candidates(arch: str, *, capped: bool) -> list[Candidate]:
     """What could run on a chip: the shipped choice, then by how few of its settings another one changes; among them the
     Gluon form, which no chip takes before a record shows it faster."""
-    interpreted = arch == "interpreter"
-    row = config(arch, torch.float32 if interpreted else torch.bfloat16)
-    form, tile = row.choose(mapped=True, biased=False, capped=capped, features=WIDE)
-    shipped = Candidate(cast(Form, form), tile, capped)
+    interpreted, row, first = arch == "interpreter", _row(arch), shipped(arch, WIDE, capped=capped)
     near: dict[Form, Tile | None] = {
         "tma": (row.tma_capped if capped else None) or row.tma,
         "gluon": None if gluon_lacks() else row.gluon,
         "pointer": row.pointer_capped if capped else row.pointer,
         "library": PASS,
     }
-    found = [shipped, *(Candidate(form, tile, capped) for form, tile in near.items() if tile is not None)]
+    found = [first, *(Candidate(form, tile, capped) for form, tile in near.items() if tile is not None)]
     for name, space in SPACES.items() if not interpreted else ():
         for blocks, *settings in space if near[name] else ():
             for warps, stages, group, parts, flatten, programs in product(*settings):
@@ -125,9 +118,19 @@ def candidates(arch: str, *, capped: bool) -> list[Candidate]:
     def changes(one: Candidate) -> int:
         other = near[one.form] or one.tile
         settings = sum(a != b for a, b in zip(one.tile[3:], other[3:], strict=True))
-        return 10 * (one.form not in (form, "gluon")) + (one.tile[:3] != other[:3]) + settings
+        return 10 * (one.form not in (first.form, "gluon")) + (one.tile[:3] != other[:3]) + settings
 
-    return sorted(dict.fromkeys(found), key=lambda one: (one != shipped, changes(one)))
+    return sorted(dict.fromkeys(found), key=lambda one: (one != first, changes(one)))
+
+
+def shipped(arch: str, features: int, *, capped: bool) -> Candidate:
+    """What a head runs."""
+    form, tile = _row(arch).choose(mapped=True, biased=False, capped=capped, features=features)
+    return Candidate(cast(Form, form), tile, capped)
+
+
+def _row(arch: str) -> Config:
+    return config(arch, torch.float32 if arch == "interpreter" else torch.bfloat16)
 
 
 def _fits(form: Form, tile: Tile, arch: str) -> bool:
@@ -140,8 +143,10 @@ def _fits(form: Form, tile: Tile, arch: str) -> bool:
     return fits and n * v // (target.warp * tile.warps) < 255
 
 
-def plan(cases: Sequence[Case], arch: str) -> list[Candidate]:
+def plan(cases: Sequence[Case], arch: str, *, only_shipped: bool = False) -> list[Candidate]:
     """Candidates in the order they are run; with and without a softcap in turn, so that a budget cuts both alike."""
+    if only_shipped:
+        return list(dict.fromkeys(shipped(arch, case.features, capped=case.softcap is not None) for case in cases))
     kinds = sorted({case.softcap is not None for case in cases})
     ranks = zip_longest(*(candidates(arch, capped=capped) for capped in kinds))
     return [candidate for rank in ranks for candidate in rank if candidate is not None]
@@ -168,14 +173,17 @@ def cases_of(names: Sequence[str] | None, device: str, dry: bool) -> tuple[list[
 
 
 def run(
-    cases: Sequence[Case], arch: str, device: torch.device, seconds: float, keep: Keep = lambda _: None
+    cases: Sequence[Case],
+    wanted: Sequence[Candidate],
+    device: torch.device,
+    seconds: float,
+    keep: Keep = lambda _: None,
 ) -> list[Row]:
     """A row for every candidate, head and number of rows, all in this process, whose compiled kernels and heads they
     share: a candidate that fails is a row."""
     deadline = time.monotonic() + seconds
-    wanted = plan(cases, arch)
     if device.type == "cuda":
-        compile_ahead(wanted)
+        isolate.everywhere(_start, wanted)  # one after the other, compiling takes longer than timing
     works = [work for case in cases for work in make_work(case, device)]
     about = machine.about(device)
     rows: list[Row] = []
@@ -200,15 +208,6 @@ def run(
             rows.append(row)
         keep(rows)
     return rows
-
-
-def compile_ahead(wanted: Sequence[Candidate]) -> None:
-    """Every candidate into Triton's cache, on all cores: one after the other, compiling takes longer than timing."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            list(tqdm(pool.map(_start, wanted), total=len(wanted), desc="compile"))
-        except BrokenProcessPool:  # a compiler that ends its process does so again, where it is a row
-            print("a candidate ended the process that compiled it; the others compile as they come", file=sys.stderr)
 
 
 def _start(candidate: Candidate) -> None:

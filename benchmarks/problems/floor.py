@@ -22,20 +22,25 @@ WHOLE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # of logits that are not cut at
 Step = Callable[[], None]
 
 
+def products(phase: str, *, trains: bool) -> int:
+    """How many a call has, whose head trains or is frozen."""
+    return 1 if phase == "forward" else 3 if trains else 2
+
+
 def cuts(problem: Problem, phase: str, forwards: int = 1) -> Iterator[tuple[str, Step]]:
     """Every cut of the products, by name. Each is built, with its buffers, when it is asked for. ``forwards``: how many
     models are asked for logits, the one that trains and perhaps a reference."""
     rows, weight = problem.target_rows().detach(), problem.weight.detach()
     n, vocab, device = rows.shape[0], weight.shape[0], rows.device.type
-    products = 1 if phase == "forward" else 3 if problem.weight.requires_grad else 2
+    count = products(phase, trains=problem.weight.requires_grad)
     sizes = [(f"{chunk} rows", chunk, vocab) for chunk in ROWS[device] if chunk < n]
     sizes += [(f"{tokens} tokens", n, tokens) for tokens in TOKENS[device] if tokens < vocab]
     if n <= min(ROWS[device]) or n * vocab * rows.element_size() <= WHOLE_BYTES[device]:
         sizes.append(("whole", n, vocab))
     for name, chunk, tokens in sizes:
-        yield name, _step(rows, weight, products, forwards, chunk, tokens, transposed=products == 3)
-        if products == 3:
-            yield f"{name}, z by columns", _step(rows, weight, products, forwards, chunk, tokens, transposed=False)
+        yield name, _step(rows, weight, count, forwards, chunk, tokens, transposed=count == 3)
+        if count == 3:
+            yield f"{name}, z by columns", _step(rows, weight, count, forwards, chunk, tokens, transposed=False)
 
 
 def build_floor(problem: Problem, phase: str, forwards: int = 1) -> tuple[str, Step]:

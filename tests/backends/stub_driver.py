@@ -2,7 +2,7 @@
 
 ``stub_cuda.c`` stands for libcuda and refuses what a real one would. Tensors stay on the CPU, what the host has to read
 is computed in plain torch, and no other number means anything. ``python -m tests.backends.stub_driver``, without
-``TRITON_INTERPRET``, makes calls of many kinds and prints as JSON what each launched and compiled.
+``TRITON_INTERPRET``, makes the calls of ``benchmarks.lab.proof`` and prints as JSON what each launched and compiled.
 """
 
 from __future__ import annotations
@@ -14,46 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from benchmarks.lab import proof
 from benchmarks.lab.compile import Recorder
-from orpo_kernels import linear_logprobs, orpo_loss, preference_loss, targets
+from orpo_kernels import targets
 from orpo_kernels.backends import kernels
-from orpo_kernels.backends.kernels.configs import config
-from orpo_kernels.objectives import SimPO
-from tests.cases import make
 
 CORES = 132  # multiprocessors
-HALF = torch.bfloat16
-# Options of the inputs and of the call. The first are a head's usual kinds, the others what may trip a launch.
-KINDS: dict[str, dict[str, Any]] = {
-    "bfloat16": {},
-    "float16": {"dtype": torch.float16},
-    "float32": {"dtype": torch.float32},
-    "softcap": {"softcap": 30.0},
-    "bias": {"bias": True},
-    "wide": {"features": 4096},
-    "wide with a softcap": {"features": 4096, "softcap": 30.0},
-    "pointers": {"form": "pointer"},
-    "Gluon": {"form": "gluon"},
-    "Gluon, float16, a softcap and a bias": {"form": "gluon", "dtype": torch.float16, "softcap": 30.0, "bias": True},
-    "library": {"form": "library"},
-    "rows that no tensor map describes": {"features": 99, "vocab": 1001},
-    "an odd vocabulary": {"vocab": 1001},
-    "frozen head": {"frozen": ("weight",)},
-    "frozen hidden states": {"frozen": ("hidden",)},
-    "no gradient": {"frozen": ("weight", "hidden")},
-    "E computed again": {"workspace_bytes": 1},
-    "groups of pairs": {"workspace_bytes": 200_000},
-    "log-probabilities": {"function": linear_logprobs},
-    "an objective in torch": {"function": preference_loss, "objective": SimPO()},
-    "mean over sequences": {"nll_reduction": "sequence"},
-}
 BATCHES = ({"pairs": 2, "length": 24}, {"pairs": 5, "length": 33}, {"pairs": 1, "length": 1})
 
 
@@ -97,35 +69,11 @@ def launched(stub: ctypes.CDLL) -> dict[str, int]:
     return {name: times for name, times in found.items() if times}
 
 
-def binaries() -> int:
-    """Compiled kernels of this process."""
-    from triton.runtime.jit import JITFunction
-
-    modules = (kernels.exp_gemm, kernels.exp_gemm_gluon, kernels.rows, kernels.pairs)
-    functions = (value for module in modules for value in vars(module).values() if isinstance(value, JITFunction))
-    return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
-
-
-def call(
-    batch: dict[str, int],
-    dtype: torch.dtype = HALF,
-    features: int = 128,
-    vocab: int = 1000,
-    bias: bool = False,
-    frozen: tuple[str, ...] = (),
-    form: Any = None,
-    function: Callable[..., Any] = orpo_loss,
-    **options: Any,
-) -> None:
-    case = make(dtype, features=features, vocab=vocab, bias=bias, **batch)
-    for name in frozen:
-        case.tensors[name].requires_grad_(False)
-    other = None if form is None else config("sm_90", dtype)._replace(form=form)
-    backend = Recorder(arch="sm_90", config=other)
-    out = function(case.hidden, case.weight, case.labels, bias=case.bias, backend=backend, **options)
-    loss = out.sum() if isinstance(out, torch.Tensor) else out.loss
-    if loss.requires_grad:
-        loss.backward()
+def call(batch: dict[str, int], kind: proof.Kind) -> None:
+    inputs = proof.given(kind, torch.device("cpu"), **batch, times=1)
+    backend = Recorder(arch="sm_90", config=kind.config("sm_90"))
+    room = kind.workspace(inputs.labels, kind.vocab)
+    proof.outputs(kind, inputs, kind.function, backend=backend, workspace_bytes=room)
 
 
 def host_microseconds(repeats: int = 50) -> float:
@@ -156,7 +104,7 @@ def host_microseconds(repeats: int = 50) -> float:
         mock.patch.object(kernels.exp_gemm, "exp_gemm_tma", started),
     ):
         for _ in range(repeats):
-            call({"pairs": 16, "length": 12})
+            call({"pairs": 16, "length": 12}, proof.Kind())
     return 1e6 * min(times)
 
 
@@ -187,12 +135,12 @@ def main() -> None:
     stub = load()
     found: dict[str, Any] = {}
     with mock.patch.object(kernels.exp_gemm, "_cores", return_value=CORES):
-        for name, options in KINDS.items():
+        for name, kind in proof.KINDS.items():
             compiled, started = [], []
             for batch in BATCHES:
-                before = binaries()
-                call(batch, **options)
-                compiled.append(binaries() - before)
+                before = proof.binaries()
+                call(batch, kind)
+                compiled.append(proof.binaries() - before)
                 started.append(launched(stub))
             found[name] = {"compiled": compiled, "launched": started}
         host = host_microseconds()

@@ -8,16 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import race
+from benchmarks import accuracy, race
 from benchmarks.harness import isolate
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import AccuracyRow, Check, Record, Row, merged
-from benchmarks.lab import gpu
+from benchmarks.lab import gpu, proof
 from benchmarks.problems.cases import CASES
 from benchmarks.problems.sections import gpu_race
 from benchmarks.report import promises
@@ -90,14 +91,22 @@ def test_the_whole_command_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFi
     assert command.main(["gpu", "--device", "cpu", "--json", str(file)]) == 0
     found = Record.load(file)
     assert {check.name: check.status for check in found.checks} == {
-        "suite": "ok", "memcheck": "not available", "racecheck": "not available",
+        "warm": "not available", "proof": "ok", "tiles": "ok", "profile: tiny-cpu": "ok", "suite": "ok",
+        "memcheck": "not available", "racecheck": "not available",
     }  # fmt: skip
-    assert {row.provider: row.status for row in found.rows} == {"ours_triton": "ok", "naive": "ok", "floor": "ok"}
+    raced = {row.provider: row.status for row in gpu.rows_of(found, "loss")}
+    assert raced == {"ours_triton": "ok", "naive": "ok", "floor": "ok"}
+    proven = gpu.rows_of(found, proof.TASK)
+    assert {row.provider for row in proven if row.status == "ok"} == {"tma", "pointer", "library"}
+    assert len(proven) == len(proof.kinds("interpreter"))
+    assert {row.case for row in gpu.rows_of(found, "tune")} == {"tiny", "tiny-capped"}
+    assert "whole call" in {row.provider for row in gpu.rows_of(found, "profile")}
     ours = next(row for row in found.rows if row.provider == "ours_triton")
     assert ours.err_weight is not None
     assert ours.err_weight < 1e-4
     assert len(found.accuracy) == 30
     assert "no target applies" in capsys.readouterr().out
+    assert "16 of 16 kinds of call hold" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_failed_check_and_one_cut_short(tmp_path: Path) -> None:
@@ -112,6 +121,61 @@ def test_a_failed_check_and_one_cut_short(tmp_path: Path) -> None:
     other = check("print('Device not supported'); raise SystemExit(9)", 60)
     assert other.status == "not available"
     assert (tmp_path / "suite.log").read_text() == "Device not supported\n"
+
+
+def _run(tmp_path: Path, *only: str) -> tuple[int, Record, str]:
+    """The command at toy sizes: its exit code, its record and its page."""
+    code = gpu.run(torch.device("cpu"), 60.0, tmp_path / "a.json", only)
+    return code, Record.load(tmp_path / "a.json"), (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "raced"), [(("wrong", "failed"), False), (("not reached",), False), (("wrong", "ok"), True)]
+)
+def test_where_no_kind_of_call_holds_nothing_is_raced(
+    statuses: tuple[Any, ...], raced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    answers = [row.with_(status=status) for row, status in zip(proof.rows("sm_90"), statuses, strict=False)]
+    monkeypatch.setattr(proof, "run", lambda *_: answers)
+    monkeypatch.setattr(race, "run", lambda rows, *_, **__: seen.append(rows))
+    code, found, page = _run(tmp_path, "proof", "race")
+    assert bool(seen) == raced
+    assert code == (1 if "wrong" in statuses else 0)
+    assert {check.name: check.status for check in found.checks if check.name.startswith("race")} == (
+        {} if raced else dict.fromkeys(("race: ours", "race: others", "race: compiled"), "not reached")
+    )
+    assert ("no kind of call holds" in page) != raced
+
+
+def test_advice_that_fails_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_check", lambda name, *_: Check(name, "failed", 1.0, "no"))
+    code, found, page = _run(tmp_path, "tiles", "profile")
+    assert {check.status for check in found.checks} == {"failed"}
+    assert (code, page.count("| failed |")) == (0, 2)
+    assert _run(tmp_path, "suite")[0] == 1
+    assert _run(tmp_path, "tiles")[0] == 0  # what an earlier run found is not of this one
+
+
+def test_a_step_that_breaks_leaves_the_others_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(gpu, "_check", lambda name, *_: Check(name, "ok", 1.0, "yes"))
+    monkeypatch.setattr(accuracy, "run", broken)
+    code, found, page = _run(tmp_path, "suite", "accuracy")
+    assert {check.name: check.status for check in found.checks} == {"suite": "ok", "accuracy": "failed"}
+    assert code == 1
+    assert "RuntimeError: an illegal address" in page
+    assert "Ended early" not in page
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accuracy, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, "accuracy")
+    assert "Ended early: in the step accuracy." in (tmp_path / "gpu.md").read_text()
 
 
 def test_what_the_budget_did_not_reach_is_a_row() -> None:

@@ -114,7 +114,8 @@ def test_what_does_not_compile_becomes_a_row(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_used_up_budget_leaves_rows() -> None:
-    rows = tune.run([tune.TINY["tiny"]], "interpreter", torch.device("cpu"), 0.0)
+    case = tune.TINY["tiny"]
+    rows = tune.run([case], tune.plan([case], "interpreter"), torch.device("cpu"), 0.0)
     assert {(row.status, row.reason) for row in rows} == {("not reached", "--seconds 0 were used up")}
     assert len(rows) == 3
     assert "more --seconds" in tune.suggestion(rows, "interpreter")
