@@ -6,8 +6,8 @@ does that instead. A library that takes flat rows gets the target rows alone, it
 write; one that takes the padded batch (Liger, the naive way of Hugging Face models) gets that.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks.problems.chains import CHAINS
 from benchmarks.problems.floor import ROWS
 from benchmarks.problems.inputs import Problem
 from benchmarks.problems.objectives import AGAINST_REFERENCE, OBJECTIVES, compose
-from benchmarks.problems.released import Step, cce, liger, stock, trl, trl_fused
+from benchmarks.problems.released import Step, cce, liger, quack, stock, trl, trl_fused
 from orpo_kernels import explain, linear_logprobs, orpo_loss, preference_loss, reference
 from orpo_kernels.integrations import fuse
 from orpo_kernels.objectives import KTO, ORPO
@@ -38,9 +38,12 @@ class Provider:
     logprobs: Build | None
     loss: Callable[[Problem, str], Step] | None = None  # of a task of OBJECTIVES
     logits: Build | None = None  # what a model returns, for losses that read it
+    chains: Mapping[str, Build] = field(default_factory=dict)  # those of CHAINS that it computes at once
 
     def build(self, problem: Problem, task: str) -> Step:
         """A step whose result is the task's scalar; UnsupportedError where it cannot compute this problem here."""
+        if task in self.chains:
+            return self.chains[task](problem)
         if task in CHAINS:
             if self.logits is None:
                 raise UnsupportedError(f"{self.name} gives no logits for a loss to read")
@@ -168,6 +171,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("trl_fused", "trl", trl_fused),
         Provider("trl", "trl", None, trl),
         Provider("torch_lce", "torch", _torch_lce),
+        Provider("quack", "quack-kernels", None, chains={"sft": quack}),
         _ours("ours", "auto"),
         Provider("lazy", "orpo_kernels", None, logits=_lazy),
         _ours("ours_recompute", "auto", lean=True),
@@ -185,8 +189,8 @@ RELEASED = (FLOOR, "naive", "liger", "liger_eager", "trl", "ours")
 def default_names(device: str, task: str = "loss") -> tuple[str, ...]:
     """Of the loss all but the backend that "auto" takes on such a device anyway, which would be measured twice."""
     if task in CHAINS:
-        return LOGITS
+        return (*LOGITS, *(name for name, provider in PROVIDERS.items() if task in provider.chains))
     if task in OBJECTIVE_TASKS:
         return RELEASED
-    left_out = (f"ours_{BACKENDS[device]}", "lazy", "trl")  # TRL's own is naive, with all that it logs
+    left_out = (f"ours_{BACKENDS[device]}", "lazy", "trl", "quack")  # TRL's own is naive, with all that it logs
     return LOGPROBS if task == "logprobs" else tuple(name for name in NAMES if name not in left_out)

@@ -70,6 +70,20 @@ def cce(problem: Problem, *, impl: str) -> Step:
     return lambda: -nll(*inputs, **options).float()
 
 
+def quack(problem: Problem) -> Step:
+    """QuACK's chunked linear cross-entropy, which makes all gradients in forward and so gives nothing but their mean or
+    sum. It takes flat rows, here the target rows alone, and asks for a multiple of 8 of them."""
+    if problem.device.type == "cpu":
+        raise UnsupportedError("quack-kernels' kernels need a GPU")
+    if problem.softcap is not None:
+        raise UnsupportedError("chunked_linear_cross_entropy has no softcap")
+    loss = imported("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    targets = problem.targets[problem.targets != IGNORE]
+    missing = -len(targets) % 8
+    targets = F.pad(targets, (0, missing), value=IGNORE)
+    return lambda: loss(F.pad(problem.target_rows(), (0, 0, 0, missing)), problem.weight, targets, ignore_index=IGNORE)
+
+
 class _HeadOnly(nn.Module):
     """As much of a causal language model as TRL asks for, around hidden states that are already there. ``padded``: a
     trainer's labels name each position's own token, so there is one position more, which predicts nothing."""

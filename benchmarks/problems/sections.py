@@ -59,7 +59,11 @@ def sections(device: str) -> dict[str, list[Row]]:
             "long": rows(["llama3-8b"], ["long"], HEADS, BF16, everyone),
             "lengths": rows(["llama3-8b"], lengths, TRAINABLE, BF16, _without_compiled(everyone)),
             "logprobs": rows(GPU_CASES, GPU_BATCHES, HEADS, BF16, logprobs, tasks=["logprobs"]),
-            "lazy": rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, LOGITS, tasks=LOGITS_TASKS),
+            "lazy": [
+                row
+                for task in LOGITS_TASKS
+                for row in rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, default_names(device, task), tasks=[task])
+            ],
             "objectives": rows(GPU_CASES, GPU_BATCHES, TRAINABLE, BF16, RELEASED, tasks=OBJECTIVE_TASKS),
         }
     lengths = [f"length-{length}-cpu" for length in LENGTHS_CPU]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
@@ -32,7 +35,7 @@ from benchmarks.problems.cases import (
     Case,
     Pair,
 )
-from benchmarks.problems.inputs import make_problem
+from benchmarks.problems.inputs import Problem, make_problem
 from benchmarks.problems.providers import FLOOR, NAMES, PROVIDERS, RELEASED, Provider, default_names, objective
 from benchmarks.problems.sections import sections
 from benchmarks.report import plots, render, tables
@@ -44,7 +47,7 @@ TINY_CAPPED = Case("tiny-capped", 32, 299, softcap=30.0)
 FEW = Batch("few", (Pair(5, 9, 7), Pair(3, 11, 13)), 16)
 ASKED = Row("small-v32k-cpu", "ragged-small-cpu", "trained-like", "trainable", "float32", "full", "ours")
 # The others compute everything everywhere. Liger has the loss alone and no softcap.
-MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "trl_fused", "trl", "torch_lce", "ours_triton"}
+MAY_BE_ABSENT = {"cce", "cce_filtered", "liger", "liger_eager", "quack", "trl_fused", "trl", "torch_lce", "ours_triton"}
 
 
 # Losses that others released by those who have one of their own, and by one of those who give log-probabilities.
@@ -61,7 +64,8 @@ RACED = [
 @pytest.mark.parametrize(("provider", "task"), RACED)
 def test_every_provider_computes_the_task_or_says_why_not(provider: Provider, case: Case, head: str, task: str) -> None:
     problem = make_problem(case, FEW, STATES["trained-like"], "float32", head, CPU)
-    if (provider.logits is None) if task in LOGITS_TASKS else provider.name == "lazy":
+    reads = task in LOGITS_TASKS
+    if (provider.logits is None and task not in provider.chains) if reads else provider.name in ("lazy", "quack"):
         with pytest.raises(UnsupportedError, match="gives no log"):
             provider.build(problem, task)
         return
@@ -76,6 +80,23 @@ def test_every_provider_computes_the_task_or_says_why_not(provider: Provider, ca
     assert row.err_loss is not None
     assert row.err_loss < 1e-5
     assert (row.err_weight is None) == (head == "frozen")
+
+
+@pytest.mark.parametrize("pairs", [FEW.pairs, FEW.pairs[:1]], ids=len)
+def test_quack_gets_flat_rows_by_eights(pairs: tuple[Pair, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU, so what it is given stands in for them: the same loss and gradients come of it."""
+
+    def loss(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        assert (x.dim(), x.shape[0] % 8, x.shape[0] - (target != ignore_index).sum() < 8) == (2, 0, True)
+        return F.cross_entropy(F.linear(x, weight), target, ignore_index=ignore_index)
+
+    problem = make_problem(TINY, Batch("few", pairs, 16), STATES["random"], "float32", "trainable", CPU)
+    with pytest.raises(UnsupportedError, match="need a GPU"):
+        PROVIDERS["quack"].build(problem, "sft")
+    theirs = race._outputs(problem, PROVIDERS["naive"].build(problem, "sft"))
+    monkeypatch.setattr(Problem, "device", torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", SimpleNamespace(chunked_linear_cross_entropy=loss))
+    torch.testing.assert_close(race._outputs(problem, PROVIDERS["quack"].build(problem, "sft")), theirs)
 
 
 def test_log_probabilities_get_any_upstream_gradient() -> None:
